@@ -1,0 +1,2514 @@
+"""minidiff: audio latent diffusion in one file that you can read, run, and take apart.
+
+A codec turns a second of sound into 63 short vectors (chapters 5 to 7). A network learns to turn
+noise into such vectors (chapters 1 to 4). Together they are an instrument: you ask for a pitch, and
+noise becomes a note that was never played. Nothing uses a name that stands below it, so read from
+the top; copy what you need, the end of each docstring says what must come along.
+
+The alphabet, the same on every page
+    B batch   T audio samples   C latent channels   L latent frames   D feature width   K label
+    slots audio is [B, T], mono, float32 in [-1, 1]; latents are [B, C, L]; times and noise levels
+    are [B] x_0 is data, noise is N(0, I), and between them  x_t = alpha(t) x_0 + sigma(t) noise t =
+    0 is data, the largest t is noise; samplers walk down from there to t = 0 velocity is dx/dt, the
+    direction in which t grows: away from the data w is the guidance scale: u + w (c - u).  w = 1 is
+    no guidance, w = 0 ignores the condition what is not given is -1 where it is an integer
+    (labels), NaN where it is a curve (controls)
+
+The chapters
+    1. Noising and objectives: what does the network learn?
+    2. Guidance: how do we ask for a note?
+    3. Samplers: how few questions does it take to get from noise to a note?
+    4. The U-Net: what kind of network can answer them?
+    5. Sound: what is a note, and how do we hear that it is in tune?
+    6. The Snake VAE: how does a second of sound become 63 vectors?
+    7. What the VAE is trained on: when are two sounds the same?
+    8. Data: where do the notes come from?
+    9. Training: how do we get good weights, and never lose them?
+    10. Listening and measuring: is it any good?
+    11. The command line: python minidiff.py --help
+
+References, cited by number (arXiv)
+    [1] Rectified flow 2209.03003   [2] Logit-normal times 2403.03206   [3] EDM 2206.00364
+    [4] Classifier-free guidance 2207.12598   [5] Guidance rescaling 2305.08891   [6] Guidance
+    interval 2404.07724   [7] DPM-Solver++ 2211.01095   [8] DITTO 2401.12179   [9] Diff-A-Riff
+    2406.08384   [10] Stable Audio Open 2407.14358   [11] Snake 2006.08195   [12] EnCodec 2210.13438
+    [13] VAE 1312.6114   [14] NSynth 1704.01279   [15] Music2Latent 2408.06500   [16] Frechet
+    distance 1706.08500   [17] v-prediction 2202.00512   [18] Score SDEs 2011.13456   [19] Attention
+    1706.03762 [20] Classifier guidance 2105.05233   [21] EDM2 2312.02696   [22] Parallel WaveGAN
+    1910.11480
+"""
+import argparse
+import base64
+import copy
+import difflib
+import hashlib
+import html
+import http.client
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+import zlib
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+# --------------------------------------------------------------------------------------------------
+# 1. Noising and objectives: what does the network learn?
+# --------------------------------------------------------------------------------------------------
+# Take a clean latent x_0, draw noise, draw a time t, and mix: x_t = alpha(t) x_0 + sigma(t) noise.
+# Show the network x_t and t and ask which x_0 it came from. It cannot know: many could have given
+# this x_t. Squared error makes it answer with their mean, D(x_t, t) = E[x_0 | x_t], the constant of
+# least squared error. That one function is all there is to learn. It has four dresses, each a
+# linear change of the others at known x_t and t:
+#
+#     denoiser  D                              what x_0 was, on average
+#     noise     (x_t - alpha D) / sigma        what was added, on average
+#     velocity  alpha' D + sigma' noise        the mean arrow dx/dt through x_t
+#     score     (alpha D - x_t) / sigma^2      the gradient of log p_t: towards likelier x_t
+#
+# Why the mean arrow is enough: the paths x_0 -> noise cross, but how much probability flows through
+# a point depends only on the average arrow there. Follow the average, as chapter 3 does, and every
+# p_t is visited in turn, down to the data at t = 0 ([1] theorem 3.3). Three sets of coefficients:
+#
+#                     alpha(t)        sigma(t)        the network answers            t goes from
+#     RectifiedFlow   1 - t           t               x_0 - noise                    0 to 1
+#     VPDiffusion     cos(angle(t))   sin(angle(t))   alpha noise - sigma x_0        0 to 1
+#     EDM             1               t               (x_0 - c_skip x_t) / c_out     0.002 to 80
+#
+# They are one thing. Only sigma / alpha, the noise-to-signal ratio, decides how hard the question
+# is: divide x_t by alpha and it is EDM's x_t at noise level sigma / alpha. So one ideal denoiser,
+# with a change of scale and of clock, serves all three. Other codebases call the same arrow:
+#
+#     the tutorial, and here    network = x_0 - noise      t = 1 is noise   x <- x + network / steps
+#     minRF                     network = noise - x_0      t = 1 is noise   x <- x - network / steps
+#     Stable Audio ("v")        alpha noise - sigma x_0    t = 1 is noise   alpha, sigma = cos, sin
+#     Meta's flow_matching      x_1 - x_0, x_1 the data    t = 1 is data    x <- x + network / steps
+
+
+def expand(t, x):
+    """Times t, [B] or a float, in the dtype and rank of x [B, ...]. Lifts out with: nothing."""
+    return torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def standard_normal(shape, generator=None, device=None):
+    """N(0, 1) numbers of `shape` [B, ...], float32, on `device`, or else where they are drawn.
+
+    generator: None (torch's global one), one torch.Generator, or a list with one per item: item i
+    is then the same in any batch, and drawn on the CPU the same on any device. ValueError if the
+    list is not B long. Lifts out with: nothing.
+    """
+    if not isinstance(generator, (list, tuple)):
+        where = device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=where).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"got {len(generator)} generators, expected one per item: {shape[0]}")
+    return torch.stack([standard_normal(shape[1:], g) for g in generator]).to(device)
+
+
+def linear_times(steps, start=1.0):
+    """Even times from `start` to 0: [steps + 1], float64 on the CPU. Lifts out with: nothing."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
+
+
+def noise_ramp(steps, sigma_min, sigma_max, rho):
+    """Even numbers from 1 to 0, [steps], for a range that is one. Lifts out with: nothing."""
+    if steps < 1 or not 0 < sigma_min <= sigma_max or rho <= 0:
+        raise ValueError("need steps >= 1, 0 < sigma_min <= sigma_max, rho > 0, "
+                         f"got {steps=}, {sigma_min=}, {sigma_max=}, {rho=}")
+    return torch.linspace(1.0, 0.0, steps, dtype=torch.float64)
+
+
+def karras_times(steps, sigma_min, sigma_max, rho=7.0):
+    """Noise levels even in sigma^(1/rho), then 0: [steps + 1], float64 on the CPU ([3] eq. 5).
+
+    A larger rho spends more steps at little noise. Lifts out with: noise_ramp.
+    """
+    ramp = noise_ramp(steps, sigma_min, sigma_max, rho)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return F.pad((low + ramp * (high - low)) ** rho, (0, 1))
+
+
+def polyexponential_times(steps, sigma_min, sigma_max, rho=1.0):
+    """sigma = sigma_min (sigma_max / sigma_min)^(ramp^rho), then 0: [steps + 1], float64, CPU.
+
+    rho = 1 is even in ln sigma: the grid of Stable Audio Open [10]. Lifts out with: noise_ramp.
+    """
+    ramp = noise_ramp(steps, sigma_min, sigma_max, rho)
+    return F.pad(sigma_min * (sigma_max / sigma_min) ** ramp ** rho, (0, 1))
+
+
+class NoisingProcess:
+    """What the processes share: x, noise [B, ...], t [B] or a float, cond as the network takes it.
+
+    Each adds `alpha`, `squash`, and two linear maps: `target`, what the network should answer, and
+    `denoise`, what its answer says of x_0. Lifts out with: expand, linear_times, standard_normal.
+    """
+    t_max = 1.0
+
+    def __init__(self, p_mean=0.0, p_std=1.0):
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def sigma(self, t):
+        return t
+
+    def add_noise(self, x, noise, t):
+        t = expand(t, x)
+        return self.alpha(t) * x + self.sigma(t) * noise
+
+    def start(self, noise):
+        return self.t_max * noise                                  # x_t where the data are lost
+
+    def times(self, steps, start=1.0):
+        return linear_times(steps, start)
+
+    def sample_times(self, n, generator=None):
+        """[n] times to train at: normal numbers, squashed into the range of t."""
+        return self.squash(self.p_mean + self.p_std * standard_normal((n,), generator))
+
+    def ask(self, x_t, t):
+        """What the network is shown: [B, ...] and [B]."""
+        return x_t, t
+
+    def loss(self, net, x, generator=None, reduce=True, **cond):
+        """Squared error of the answer at one time and one noise per item: scalar, or [B]."""
+        t = self.sample_times(len(x), generator).to(x)
+        noise = standard_normal(x.shape, generator, x.device).to(x)
+        return self.loss_at(net, x, noise, t, reduce, **cond)
+
+    def loss_at(self, net, x, noise, t, reduce=True, **cond):
+        """The same at given noise and times [B]: for validation."""
+        answer = net(*self.ask(self.add_noise(x, noise, t), t), **cond)                  # [B, ...]
+        error = (answer - self.target(x, noise, expand(t, x))).square().flatten(1).mean(1)
+        return error.mean() if reduce else error
+
+    def velocity(self, net, x_t, t, **cond):
+        return self.velocity_to(self.denoise(net, x_t, t, **cond), x_t, t)
+
+    def velocity_to(self, x_0, x_t, t):
+        """dx/dt if x_t came from x_0, t > 0; this form where sigma = t and alpha is 1 or 1 - t."""
+        return (x_t - x_0) / expand(t, x_t)
+
+
+class RectifiedFlow(NoisingProcess):
+    """Straight lines: alpha = 1 - t, sigma = t ([1] eq. 1); the network answers v = x_0 - noise.
+
+    Training times are logit-normal, sigmoid(N(p_mean, p_std^2)): most questions where the answer is
+    least obvious ([2] section 3.1). On data of variance 1 a network that answers 0 has loss 2.
+    Lifts out with: NoisingProcess, expand, linear_times, standard_normal.
+    """
+    squash = torch.sigmoid
+
+    def alpha(self, t):
+        return 1 - t
+
+    def target(self, x, noise, _):
+        return x - noise
+
+    def denoise(self, net, x_t, t, **cond):
+        """x_0 = x_t + t v: put v = x_0 - noise in, and the noise cancels."""
+        return x_t + expand(t, x_t) * net(x_t, t, **cond)
+
+    def velocity(self, net, x_t, t, **cond):
+        """dx/dt = noise - x_0 = -v, with no division: t = 0 is allowed."""
+        return -net(x_t, t, **cond)
+
+
+class VPDiffusion(NoisingProcess):
+    """Variance preserving: alpha^2 + sigma^2 = 1, a walk on a circle ([17] appendix D, seeds/003).
+
+    sigma = sin(angle), alpha = cos(angle), angle = pi/2 (t + s)/(1 + s), t uniform in [0, 1]. The
+    network answers the tangent v = alpha noise - sigma x_0; if it answers 0, data of variance 1
+    give loss 1. Samples end at sigma(0), small but not 0.
+    Lifts out with: NoisingProcess, expand, linear_times, standard_normal.
+    """
+    squash = torch.special.ndtr        # a normal number put through its own distribution: uniform
+
+    def __init__(self, s=0.008):
+        super().__init__()
+        self.s, self.speed = s, math.pi / 2 / (1 + s)              # speed = d angle / dt
+
+    def alpha(self, t):
+        return torch.sin(self.speed * (1 - t))                     # cos(angle), exactly 0 at t = 1
+
+    def sigma(self, t):
+        return torch.sin(self.speed * (t + self.s))
+
+    def target(self, x, noise, t):
+        return self.alpha(t) * noise - self.sigma(t) * x
+
+    def denoise(self, net, x_t, t, **cond):
+        """x_0 = alpha x_t - sigma v = (alpha^2 + sigma^2) x_0 + 0 noise."""
+        wide = expand(t, x_t)
+        return self.alpha(wide) * x_t - self.sigma(wide) * net(x_t, t, **cond)
+
+    def velocity(self, net, x_t, t, **cond):
+        """dx/dt = speed v, because alpha' = -speed sigma and sigma' = speed alpha."""
+        return self.speed * net(x_t, t, **cond)
+
+    def velocity_to(self, x_0, x_t, t):
+        """The same through v = (alpha x_t - x_0) / sigma."""
+        t = expand(t, x_t)
+        return self.speed * (self.alpha(t) * x_t - x_0) / self.sigma(t)
+
+
+class EDM(NoisingProcess):
+    """Variance exploding: alpha = 1, sigma = t, so that t *is* the noise level ([3] Table 1).
+
+    No network likes an x_t of size 80, so what goes in and out is scaled ([3] eq. 7):
+        D(x_t, t) = c_skip x_t + c_out net(c_in x_t, c_noise).
+    c_in = 1/sqrt(t^2 + sd^2), sd = sigma_data, gives input of variance 1. The target has variance 1
+    if c_out^2 = (1 - c_skip)^2 sd^2 + c_skip^2 t^2; c_skip = sd^2/(t^2 + sd^2) makes this least, so
+    that the network's errors count least. With weight 1/c_out^2 every level counts the same, and
+    the loss is the error of the raw answer: 1 for a network that answers 0. Training levels are
+    log-normal. For sd = 1 this is VPDiffusion in disguise: c_in x_t is its x_t, the target its -v.
+    Lifts out with: NoisingProcess, expand, karras_times, linear_times, noise_ramp, standard_normal.
+    """
+    squash = torch.exp
+
+    def __init__(self, sigma_data=1.0, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0,
+                 rho=7.0):
+        super().__init__(p_mean, p_std)
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
+        self.t_max, self.rho = sigma_max, rho
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def times(self, steps, start=None):
+        start = self.sigma_max if start is None else start
+        return karras_times(steps, min(self.sigma_min, start), start, self.rho)
+
+    def preconditioning(self, sigma):
+        """c_skip, c_out, c_in, c_noise at noise levels sigma > 0, each of its shape."""
+        total = sigma ** 2 + self.sigma_data ** 2
+        return (self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(),
+                1 / total.sqrt(), sigma.log() / 4)                 # 4: by experiment, [3] Table 1
+
+    def ask(self, x_t, t):
+        return self.preconditioning(expand(t, x_t))[2] * x_t, self.preconditioning(t)[-1]
+
+    def target(self, x, noise, t):
+        # (x_0 - c_skip x_t) / c_out with x_t put in, so that nothing large cancels.
+        return self.preconditioning(t)[2] * (t * x / self.sigma_data - self.sigma_data * noise)
+
+    def denoise(self, net, x_t, t, **cond):
+        c_skip, c_out, _, _ = self.preconditioning(expand(t, x_t))
+        return c_skip * x_t + c_out * net(*self.ask(x_t, t), **cond)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Guidance: how do we ask for a note?
+# --------------------------------------------------------------------------------------------------
+# A condition c (pitch 60, say) is one more argument of the network. In training it is withheld now
+# and then, so one network knows both p(x) and p(x | c). By Bayes their ratio is a classifier,
+# p(c | x) = p(x | c) p(c) / p(x), that nobody had to train. Raise it to a power w:
+#
+#     p_w(x | c)  ~  p(x) p(c | x)^w,     score_w = score_u + w (score_c - score_u).
+#
+# w > 1 asks for notes that are *more clearly* pitch 60 than the data are. The lecture writes the
+# same as (1 - gamma) u + gamma c, gamma = w, others as (1 + w') c - w' u, w' = w - 1 ([4] eq. 6).
+# Score, denoiser, velocity and the network's answer are linear changes of each other, the same for
+# u and for c, so it does not matter which of them is guided. The power is right at t = 0 only; at
+# high noise it exaggerates, and large w gives loud, alike notes. `rescale` gives the loudness back
+# [5]; `interval` guides in the middle of the way only [6].
+
+
+def guide(conditional, unconditional, scale, rescale=0.0):
+    """Guidance u + w (c - u), w = scale; rescale phi in [0, 1] takes back the gain in loudness.
+
+    conditional, unconditional [B, ...] -> [B, ...]; scale a float or [B, 1, ...]. phi mixes in the
+    result at c's deviation, taken per item ([5] section 3.4). Lifts out with: nothing.
+    """
+    guided = unconditional + scale * (conditional - unconditional)
+    if rescale == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    wanted, got = (z.std(axes, correction=0, keepdim=True) for z in (conditional, guided))
+    # A constant item has no loudness to give back, and 0/0 would be NaN: it stays as it is.
+    ratio = wanted.masked_fill(got == 0, 1) / got.masked_fill(got == 0, 1)
+    return guided * (1 - rescale + rescale * ratio)
+
+
+class GuidedNet:
+    """A network with guidance inside, called as the plain one, so that objectives do not notice.
+
+    net: (x [B, ...], t [B], **cond) -> [B, ...]. Conditions are tensors [B, ...] or None. The
+    second pass gets -1 for integers and NaN for curves, or what the dict `negative` says instead:
+    "not like this". interval: None or (low, high) in the t that the network sees; outside it w is
+    1. Both passes go through as one batch of 2B; w = 1 and w = 0 need one pass of B.
+    Lifts out with: expand, guide.
+    """
+
+    def __init__(self, net, scale, rescale=0.0, interval=None, negative=None):
+        self.net, self.scale, self.rescale = net, scale, rescale
+        self.interval, self.negative = interval, negative or {}
+
+    def __call__(self, x, t, **cond):
+        cond = {k: v for k, v in cond.items() if v is not None}
+        blank = {k: torch.full_like(v, math.nan if v.is_floating_point() else -1)
+                 for k, v in (self.negative | cond).items()}
+        given, withheld = blank | cond, blank | self.negative
+        low, high = self.interval or (-math.inf, math.inf)
+        inside = (t >= low) & (t <= high)                                                # [B]
+        if not blank or self.scale == 1 or self.interval and not inside.any():
+            return self.net(x, t, **cond)
+        if self.scale == 0 and not self.interval:
+            return self.net(x, t, **withheld)
+        both = {k: torch.cat([given[k], withheld[k]]) for k in blank}                    # [2B, ...]
+        c, u = self.net(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        return guide(c, u, expand(torch.where(inside, self.scale, 1.0), x), self.rescale)
+
+
+def classifier_guidance(objective, denoise, log_likelihood):
+    """Steer by a classifier: D + (sigma^2 / alpha) d log p(y | x_0 = D) / dx_t ([20] section 4.2).
+
+    Bayes adds that gradient to the score, and D = (x_t + sigma^2 score) / alpha (chapter 1's last
+    dress). denoise: (x_t [B, ...], t [B]) -> [B, ...]. log_likelihood: (x_0 [B, ...], t [B]) ->
+    [B]; t lets it be less sure while D is still a guess. Returns a new denoise(x_t, t), which
+    `velocity_to` makes a velocity. Lifts out with: expand.
+    """
+    def guided(x_t, t):
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            x_0 = denoise(x, t)
+            gradient, = torch.autograd.grad(log_likelihood(x_0, t).sum(), x)
+        alpha, sigma = objective.alpha(expand(t, x_t)), objective.sigma(expand(t, x_t))
+        # Where alpha = 0, x_t knows nothing of x_0, and no classifier can see anything in it.
+        return x_0.detach() + torch.where(alpha > 0, sigma ** 2 / alpha * gradient, 0.0)
+    return guided
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Samplers: how few questions does it take to get from noise to a note?
+# --------------------------------------------------------------------------------------------------
+# Chapter 1 gave us velocity(x, t) = dx/dt. A sampler starts at noise and follows it down to t = 0:
+#
+#     x(0) = x(t_max) + integral of velocity(x(t), t) dt   from t_max to 0.
+#
+# So it is an ODE solver and nothing else. Each look at the arrow costs one pass through the network
+# (one "NFE"), and that is all the time there is to save. Euler looks once per step; Heun looks
+# again where Euler landed and takes the mean ([3] Alg. 1): halving the step divides its error by
+# four, not by two. Try: `sample --sampler euler --steps 16` and `--sampler heun --steps 8` cost
+# about the same; the table in the README shows which is nearer to the data.
+#
+# The noise need not stay out. The SDE of the lecture, dX = f dt + g dB, run backwards, is dx = (f -
+# g^2 score) dt + g dB~, and the ODE above is the same with half the score and no dB~ ([18] eq. 6
+# and 13): fresh noise on the way, and twice the pull to correct it, leave every p_t as it was. It
+# costs accuracy at few steps and forgives the network's errors at many. dpmpp_3m_sde has both: eta
+# = 0 is the ODE, eta = 1 the SDE.
+
+
+def euler(velocity, x, times, callback=None):
+    """Follow dx/dt = velocity(x, t) along falling `times` by Euler's rule, x <- x + h velocity.
+
+    h = t_next - t is negative. velocity: (x [B, ...], t [B]) -> [B, ...]. times: [n + 1].
+    callback(i, t, x) is called before each step. Costs n evaluations, error of order h.
+    Lifts out with: nothing.
+    """
+    for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+        if callback:
+            callback(i, t, x)
+        x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))                     # [B, ...]
+    return x
+
+
+def heun(velocity, x, times, callback=None):
+    """Follow dx/dt = velocity(x, t) along falling `times` with Heun's second-order rule.
+
+    x' = x + h d,   x <- x + h (d + d') / 2,   d = velocity(x, t),   d' = velocity(x', t + h)
+    ([3] Algorithm 1). Arguments as for euler, the last time 0. Costs 2n - 1 evaluations, error of
+    order h^2. Lifts out with: nothing.
+    """
+    for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+        if callback:
+            callback(i, t, x)
+        h, d = t_next - t, velocity(x, x.new_full((len(x),), t))                         # [B, ...]
+        x_euler = x + h * d
+        if t_next == 0:
+            # At t = 0 EDM's velocity (x - D) / t is 0/0. The Euler step from the last t > 0 lands
+            # exactly on D, the denoised estimate, so there is nothing left to correct.
+            return x_euler
+        x = x + h * (d + velocity(x_euler, x.new_full((len(x),), t_next))) / 2
+    return x
+
+
+def dpmpp_3m_sde(denoise, x, times, eta=1.0, alpha=torch.ones_like, sigma=lambda t: t,
+                 generator=None, callback=None):
+    """DPM-Solver++(3M) SDE: third order from one evaluation per step, with fresh noise if eta > 0.
+
+    In lambda = ln(alpha / sigma) the equation is linear but for D, and its solution over a step of
+    h = lambda_next - lambda is exact up to how D moves ([7] eq. 8; c = 1 + eta, k = c h):
+        x <- sigma_next/sigma e^(-eta h) x + sigma_next sqrt(1 - e^(-2 eta h)) noise
+             + alpha_next drift,     drift = c integral_0^h e^(-c (h - u)) D(u) du.
+    Put D(u) = D + D' u + D'' u^2/2 in and integrate by parts, once and twice:
+        drift = (1 - e^-k) D + h phi_2 D' - h^2 phi_3 D'',
+        phi_2 = 1 - (1 - e^-k)/k,   phi_3 = phi_2/k - 1/2.
+    D' and D'' come from the parabola through the last three D. With d2 = h^2 D''/2 the last term is
+    -2 phi_3 d2; published codes carry -phi_3 d2, which leaves them at second order. A parabola
+    carried far past its points goes wild: steps want like sizes in lambda (Gaussian data come out
+    at the right size from 16 even times of RectifiedFlow, but only from 64 of VPDiffusion).
+
+    denoise: (x [B, ...], t [B]) -> estimate of x_0 [B, ...]; times: [n + 1]; alpha, sigma:
+    callables of t; generator as for standard_normal. Costs n evaluations. Where alpha = 0 (lambda
+    is minus infinity) the step takes its limit; where sigma_next = 0 it lands on alpha_next D.
+    Lifts out with: standard_normal.
+    """
+    alphas, sigmas, times = alpha(times).tolist(), sigma(times).tolist(), times.tolist()
+    lam = [math.log(a / s) if a > 0 < s else math.copysign(math.inf, a - s)
+           for a, s in zip(alphas, sigmas)]
+    past = []                                                     # (lambda, D), newest first
+    for i, t in enumerate(times[:-1]):
+        if callback:
+            callback(i, t, x)
+        if lam[i] == lam[i + 1]:
+            continue                                              # no way to go, and h = 0 below
+        D, h = denoise(x, x.new_full((len(x),), t)), lam[i + 1] - lam[i]                 # [B, ...]
+        k = (1 + eta) * h
+        drift = -math.expm1(-k) * D
+        past = [(lam[i], D), *past[:2]] if math.isfinite(lam[i]) else []
+        if math.isfinite(h) and len(past) > 1:
+            (l0, _), (l1, D1), *older = past
+            slope, bend = (D - D1) / (l0 - l1), 0.0
+            for l2, D2 in older:
+                bend = 2 * (slope - (D1 - D2) / (l1 - l2)) / (l0 - l2)                   # D''
+                slope = slope + bend * (l0 - l1) / 2                                     # D'
+            phi_2 = 1 + math.expm1(-k) / k
+            drift = drift + h * phi_2 * slope - h ** 2 * (phi_2 / k - 1 / 2) * bend
+        stay = math.exp(-eta * h) if eta else 1.0                 # e^(-0 infinity) is 1 here
+        x = sigmas[i + 1] / sigmas[i] * stay * x + alphas[i + 1] * drift
+        if eta and sigmas[i + 1] > 0:
+            noise = standard_normal(x.shape, generator, x.device).to(x)
+            x = x + sigmas[i + 1] * math.sqrt(-math.expm1(-2 * eta * h)) * noise
+    return x
+
+
+def optimise_noise(sample, noise, loss, steps, lr):
+    """DITTO: the noise [B, ...] whose sample has the smallest loss, by Adam through the sampler.
+
+    sample: noise [B, ...] -> x [B, ...], differentiable; loss: x -> scalar ([8] section 3). The
+    model stays as it is, only where it starts changes. Returns the best noise seen. Memory: with
+    torch.utils.checkpoint around the network, as in `generate`, only one step's activations are
+    alive at a time. Lifts out with: nothing.
+    """
+    noise = noise.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([noise], lr)
+    best, least = noise.detach().clone(), math.inf
+    for _ in range(steps):
+        value = loss(sample(noise))
+        if value.item() < least:
+            best, least = noise.detach().clone(), value.item()
+        # Not value.backward(), which would leave gradients in the model too.
+        noise.grad, = torch.autograd.grad(value, noise)
+        optimiser.step()
+    return best
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The U-Net: what kind of network can answer them?
+# --------------------------------------------------------------------------------------------------
+# The question is x_t [B, C, L] and t, the answer has the same shape as x_t. Fine noise is judged by
+# looking close, a pitch by looking at the whole note; so the network looks at several resolutions:
+# down (halve L, see further), then up again, where each level gets the detail of the way down
+# through a skip connection. `TutorialUNet` is that idea at its barest. `UNet1d`, in its essence
+# Diff-A-Riff's [9], adds what the years have shown to matter:
+#
+#     t in every block    the same x_t asks different things at t = 0.1 and at 0.9: each block's
+#                         normalised features are scaled and shifted by a function of t and labels
+#     norm and residuals  x + f(norm(x)): deep, and still trains in minutes
+#     attention           at the coarse levels each frame may look at every other frame
+
+
+class TutorialUNet(nn.Module):
+    """The simplest U-Net that works: stride-2 convolutions, ReLU, skips by addition (seeds/000).
+
+    The raw number t enters once, at the bottom. With the 64 channels of Music2Latent it has the
+    tutorial's 35,207,296 parameters. L may be any length: padded with zeros inside and cropped
+    again. It takes no conditions, and says so. Lifts out with: nothing.
+    """
+
+    def __init__(self, channels, width=128, depth=5):
+        super().__init__()
+        widths = [channels] + [width * 2 ** i for i in range(depth)]
+        pairs, halve = list(zip(widths, widths[1:])), dict(kernel_size=4, stride=2, padding=1)
+        self.down = nn.ModuleList(nn.Conv1d(a, b, **halve) for a, b in pairs)
+        self.middle = nn.Conv1d(widths[-1], widths[-1], kernel_size=3, padding=1)
+        self.time_mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, widths[-1]))
+        self.up = nn.ModuleList(nn.ConvTranspose1d(b, a, **halve) for a, b in reversed(pairs))
+        self.exit = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x, t, **cond):
+        """x [B, C, L], t [B] -> [B, C, L]. Raises ValueError naming any condition that is given."""
+        if given := [name for name, value in cond.items() if value is not None]:
+            raise ValueError(f"TutorialUNet takes no conditions, got {', '.join(given)}")
+        h, skips = F.pad(x, (0, -x.shape[-1] % 2 ** len(self.down))), []
+        for conv in self.down:
+            skips.append(h)
+            h = conv(h).relu()                                             # [B, 2D, L/2]
+        h = self.middle(h).relu() + self.time_mlp(t[:, None])[..., None]
+        for conv in self.up:
+            h = conv(h) + skips.pop()                                      # [B, D/2, 2L]
+            h = h.relu() if skips else h
+        return self.exit(h)[..., :x.shape[-1]]
+
+
+def time_embedding(t, dim, longest=10_000):
+    """Sines and cosines of 1000 t, periods 2 pi to 2 pi `longest` ([19] 3.5): t [B] -> [B, dim].
+
+    The published periods were made for t = 0, 1, 2, ..., 1000. With t in [0, 1] nearly all of them
+    would stand still, and the network would hardly see the time. Lifts out with: nothing.
+    """
+    k, n = torch.arange(dim // 2, device=t.device), dim // 2
+    angles = 1000 * t.float()[:, None] * torch.exp(-math.log(longest) * k / n)  # 1000: see above
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """x [B, D_in, L] + f(x, e [B, E]) -> [B, D_out, L], modulated by e. Lifts out with: nothing."""
+
+    def __init__(self, inputs, outputs, embedding):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(math.gcd(8, inputs), inputs)     # 8 groups, or what divides D
+        self.conv1 = nn.Conv1d(inputs, outputs, kernel_size=3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = nn.GroupNorm(math.gcd(8, outputs), outputs)   # 8: as above
+        self.conv2 = nn.Conv1d(outputs, outputs, kernel_size=3, padding=1)
+        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x, e):
+        h = self.conv1(F.silu(self.norm1(x)))                              # [B, D_out, L]
+        scale, shift = self.modulate(F.silu(e))[..., None].chunk(2, dim=1)  # [B, D_out, 1] each
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+
+class SelfAttention(nn.Module):
+    """x + attention over frames ([19] 3.2): [B, D, L] -> [B, D, L]. Lifts out with: nothing."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(math.gcd(8, width), width)        # 8 groups, or what divides D
+        self.qkv = nn.Conv1d(width, 3 * width, 1)                  # 3: q, k and v
+        self.out = nn.Conv1d(width, width, 1)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, D/heads, L]
+        q, k, v = qkv.transpose(-2, -1).unbind(1)                          # [B, heads, L, D/heads]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-2, -1).flatten(1, 2))
+
+
+class UNet1d(nn.Module):
+    """A time-conditioned 1-D U-Net on latents, with labels and controls ([9] section 3).
+
+    labels [B, K] long: one embedding table per slot, of label_sizes[k] rows and one more for -1,
+    "not given"; None is all -1. controls [B, n, L]: curves laid beside the latents; NaN is "not
+    given", and a mask says so; None is all NaN. L may be any length >= 1: padded inside, cropped
+    again. No batch statistics: items do not see each other.
+    Lifts out with: ResidualBlock, SelfAttention, time_embedding.
+    """
+
+    def __init__(self, channels, width=128, multipliers=(1, 2, 2), label_sizes=(), controls=0,
+                 heads=4):
+        super().__init__()
+        self.controls, widths = controls, [width] + [width * m for m in multipliers]
+        levels, last = list(enumerate(zip(widths, widths[1:]))), widths[-1]
+        e = 4 * width                                              # the usual width of an embedding
+        self.time_mlp = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, e) for size in label_sizes)
+        # Ten inputs per curve: its value, whether it is given, four sines, four cosines.
+        self.enter = nn.Conv1d(channels + 10 * controls, width, kernel_size=3, padding=1)
+        # Attention only below the finest level: there it costs most and tells least.
+        attend = lambda i, d: SelfAttention(d, heads) if i > 0 else nn.Identity()
+        self.down = nn.ModuleList(nn.ModuleList([
+            nn.Conv1d(a, a, kernel_size=4, stride=2, padding=1) if i > 0 else nn.Identity(),
+            ResidualBlock(a, b, e), attend(i, b)]) for i, (a, b) in levels)
+        self.middle = ResidualBlock(last, last, e)
+        self.up = nn.ModuleList(nn.ModuleList([ResidualBlock(2 * b, a, e), attend(i, a)])
+                                for i, (a, b) in reversed(levels))
+        self.exit = nn.Sequential(nn.GroupNorm(math.gcd(8, width), width), nn.SiLU(),  # 8: as above
+                                  nn.Conv1d(width, channels, kernel_size=3, padding=1))
+
+    def forward(self, x, t, labels=None, controls=None):
+        """x [B, C, L], t [B], labels [B, K] or None, controls [B, n, L] or None -> [B, C, L]."""
+        B, _, L = x.shape
+        e = self.time_mlp(time_embedding(t, self.enter.out_channels))      # [B, E]
+        if labels is None:
+            labels = torch.full((B, len(self.tables)), -1, device=x.device)
+        for table, label in zip(self.tables, labels.unbind(1)):
+            e = e + table(label + 1)                                       # row 0: not given
+        if self.controls:
+            c = x.new_full((B, self.controls, L), math.nan) if controls is None else controls
+            # A cent is 1/1200 octave: too little to see in c, but 2.4 degrees of the wave k = 3.
+            waves = [f(2 * math.pi * c * 2 ** k) for k in range(4) for f in (torch.sin, torch.cos)]
+            x = torch.cat([x, torch.cat([c, ~c.isnan(), *waves], dim=1).nan_to_num()], dim=1)
+        h, skips = self.enter(F.pad(x, (0, -L % 2 ** (len(self.down) - 1)))), []
+        for halve, block, attend in self.down:
+            h = attend(block(halve(h), e))                                 # [B, D, L/2^i]
+            skips.append(h)
+        h = self.middle(h, e)
+        for block, attend in self.up:
+            h = attend(block(torch.cat([h, skips.pop()], dim=1), e))
+            h = F.interpolate(h, scale_factor=2.0) if skips else h         # [B, D, 2L]
+        return self.exit(h)[..., :L]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Sound: what is a note, and how do we hear that it is in tune?
+# --------------------------------------------------------------------------------------------------
+# A plucked string is a sum of harmonics. The k-th swings at k f0 (a little above, for the string is
+# stiff), starts as loud as the place of the plucking lets it (none at all where it has a node
+# there), and dies away the faster the higher it is:
+#
+#     x(time) = sum_k  sin(pi k p)/k e^(-(k-1) b) e^(-time d_k) sin(2 pi f_k time + phase_k).
+#
+# That is a data set that we can make on the spot, and know to be in tune. To hear whether a sound
+# is in tune we ask at which delay it looks most like itself: the autocorrelation. It works where
+# the largest peak of the spectrum fails, since on a guitar that is often the second harmonic.
+
+
+def resample(audio, from_rate, to_rate, padding=0.1):
+    """Change the sample rate in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)].
+
+    A sine is a line in the spectrum and stays where it is: cut the spectrum off, or fill it up with
+    zeros. Padding makes both lengths whole numbers of samples, and keeps the end of the sound from
+    ringing into its beginning. Lifts out with: nothing.
+    """
+    if from_rate == to_rate:
+        return audio
+    T, common = audio.shape[-1], math.gcd(from_rate, to_rate)
+    down, up = from_rate // common, to_rate // common
+    periods = math.ceil((1 + padding) * T / down) + 1
+    kept = min(down, up) * periods // 2 + 1                                # up to the lower Nyquist
+    spectrum = torch.fft.rfft(audio.double(), n=periods * down)[..., :kept]
+    out = torch.fft.irfft(spectrum, n=periods * up) * (up / down)
+    return out[..., :math.ceil(T * up / down)].to(audio.dtype)
+
+
+def read_blocks(path, start=0.0, seconds=math.inf, most=65_536):
+    """Yield (mono block [n <= most], sample rate) of a sound file, from `start` for `seconds`.
+
+    A header that claims three hours costs nothing. Raises ValueError naming the file when it is
+    missing or no audio. Lifts out with: nothing.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no such file")
+        with soundfile.SoundFile(path) as file:
+            file.seek(round(min(start * file.samplerate, file.frames)))
+            left = round(min(seconds * file.samplerate, file.frames))
+            while left > 0 and len(block := file.read(min(most, left), "float32", always_2d=True)):
+                left -= len(block)
+                yield block.mean(axis=1), file.samplerate
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split(": ")[-1].strip()                        # without the path
+        raise ValueError(f"{path}: cannot be read as audio: {reason}") from None
+
+
+def load_audio(path, sample_rate, start=0.0, seconds=math.inf):
+    """Read a wav, flac, mp3 or ogg file, from `start` for `seconds`: mono [T] at `sample_rate` Hz.
+
+    Raises ValueError naming the file when it is missing, no audio, empty, or holds NaN or infinite
+    samples. Lifts out with: read_blocks, resample.
+    """
+    blocks = list(read_blocks(path, start, seconds))
+    if not blocks:
+        raise ValueError(f"{path}: holds no samples after {start:.2f} s")
+    audio = torch.from_numpy(np.concatenate([block for block, _ in blocks]))
+    if not audio.isfinite().all():
+        raise ValueError(f"{path}: holds NaN or infinite samples")
+    return resample(audio, blocks[0][1], sample_rate)
+
+
+def save_audio(path, audio, sample_rate):
+    """Write audio [T] as 16-bit wav, flac, mp3 or ogg (by the ending); returns its peak, max |x|.
+
+    A peak above 1 is scaled down to 1, not clipped. Raises ValueError for NaN or infinite samples,
+    OSError when the file cannot be written. Lifts out with: nothing.
+    """
+    audio = audio.detach().float().cpu()
+    if audio.ndim != 1 or not audio.isfinite().all():
+        raise ValueError(f"{path}: expected finite samples [T], got shape {list(audio.shape)}")
+    peak = audio.abs().max().item() if len(audio) else 0.0
+    try:
+        soundfile.write(path, (audio / max(peak, 1.0)).numpy(), sample_rate)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    return peak
+
+
+def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, block=128):
+    """Synthesise plucked strings, exactly in tune: [B] MIDI pitch, [B] velocity 0..127 -> [B, T].
+
+    The equation of this chapter with a random plucking point, brightness, decay and phases; harder
+    is louder and brighter, |x| <= 0.9. generator as for standard_normal.
+    Lifts out with: standard_normal.
+    """
+    T, k = round(seconds * sample_rate), torch.arange(1, harmonics + 1)
+    # The normal distribution function makes uniform numbers of normal ones: three, and the phases.
+    random = torch.special.ndtr(standard_normal((len(pitch), 3 + harmonics), generator)).double()
+    point, bright, decay, phase = random.split([1, 1, 1, harmonics], dim=1)     # [B, 1] and [B, K]
+    force = velocity.double()[:, None] / 127                                    # 127: the hardest
+    f0 = 440 * 2 ** ((pitch.double()[:, None] - 69) / 12)              # A4, 440 Hz, is MIDI 69
+    # 1e-4 is a guitar string's stiffness; divided so that f_1 stays exactly where it belongs.
+    f = f0 * k * ((1 + 1e-4 * k ** 2) / (1 + 1e-4)).sqrt()                      # Hz, [B, K]
+    # Plucked at 10 to 50 % of the string; each harmonic loses 0.05 to 0.45 nepers on the last.
+    p, b = 0.1 + 0.4 * point, 0.45 - 0.2 * bright - 0.2 * force
+    loud = torch.sin(math.pi * k * p) / k * torch.exp(-(k - 1) * b)
+    loud = torch.where(f < 0.45 * sample_rate, loud, 0.0)                       # none near Nyquist
+    d = (1 + 3 * decay) * (1 + 0.15 * (k - 1)) * (f0 / 220).sqrt()     # 1/s; high ones die first
+    # e^(z time) at time = m + n is e^(z m) e^(z n): all harmonics and blocks, one matrix product.
+    z = torch.complex(-d, 2 * math.pi * f) / sample_rate
+    m, n = torch.arange(0, T, block), torch.arange(block)
+    left = torch.polar(loud, 2 * math.pi * phase)[:, None] * torch.exp(z[:, None] * m[:, None])
+    audio = (left @ torch.exp(z[:, :, None] * n)).imag.flatten(1)[:, :T]        # [B, T]
+    peak = audio.abs().amax(1, keepdim=True).clamp_min(1e-12)         # no harmonic left: 0, not NaN
+    when = torch.arange(T) / sample_rate
+    fade = (when / 0.003).clamp(max=1) * ((seconds - when) / 0.02).clamp(0, 1)  # 3 ms in, 20 ms out
+    return ((0.1 + 0.8 * force) * fade * audio / peak).float()         # soft 0.1 to hard 0.9
+
+
+def envelope(audio, hop):
+    """The largest |x| in every hop: [B, T] -> [B, ceil(T / hop)]. Lifts out with: nothing."""
+    return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
+
+
+def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
+    """The MIDI pitch around the middle of each hop: [B, T] -> [B, ceil(T / hop)], 0 where unvoiced.
+
+    The autocorrelation r of a Hann window over four periods of `low` is divided by the window's own
+    (Boersma, IFA Proceedings 17, 1993): a periodic sound reaches 1 at its period. Multiples of the
+    period are peaks as well; the first above 0.95 of the highest is taken. low, high: MIDI.
+    finer: lags per sample. Lifts out with: nothing.
+    """
+    frames = -(-audio.shape[1] // hop)
+    # Periods, in samples. A4 is 440 Hz and MIDI 69; an octave has 12 semitones.
+    longest, shortest = (sample_rate / (440 * 2 ** ((m - 69) / 12)) for m in (low, high))
+    width, least = 4 * math.ceil(longest), math.ceil(finer * shortest)         # 4 periods; in lags
+    window = torch.hann_window(width, device=audio.device)
+    padded = F.pad(audio, (width, frames * hop + width - audio.shape[1]))
+    windows = padded[:, width - (width - hop) // 2:].unfold(1, width, hop)[:, :frames]
+
+    def correlate(x):
+        power = torch.fft.rfft(x, n=2 * width).abs().square()
+        r = torch.fft.irfft(power, n=2 * width * finer)[..., :finer * math.ceil(longest) + 2]
+        return r / r[..., :1].clamp_min(1e-12)                                 # silence: 0, not NaN
+
+    def track(x):
+        r = correlate(x * window) / correlate(window)                          # [B, frames, lags]
+        left, middle, right = r[..., least - 1:].unfold(-1, 3, 1).unbind(-1)   # 3 lags in a row
+        height = torch.where((middle >= left) & (middle > right), middle, 0.0)
+        best = height.amax(-1, keepdim=True)
+        first = (height >= 0.95 * best).int().argmax(-1, keepdim=True)         # 0.95: see above
+        y0, y1, y2 = (y.gather(-1, first) for y in (left, middle, right))
+        # The top of the parabola through the three; where they are equal, -1e-12 keeps it finite.
+        lag = (first + least + (y0 - y2) / (2 * (y0 - 2 * y1 + y2)).clamp(max=-1e-12)) / finer
+        midi = 69 + 12 * torch.log2(sample_rate / lag / 440)                   # A4, 440 Hz, is 69
+        # Voiced: like itself to more than one half, and above -70 dB of full scale.
+        voiced = (best > 0.5) & (x.square().mean(-1, keepdim=True).sqrt() > 10 ** (-70 / 20))
+        return torch.where(voiced, midi, 0.0)[..., 0]
+
+    parts = windows.split(256, dim=1)                                          # 256 frames at once
+    return torch.cat([track(part - part.mean(-1, keepdim=True)) for part in parts], dim=1)
+
+
+def note_pitch(track):
+    """The voiced median of a note, NaN if unvoiced: [B, L] -> [B]. Lifts out with: nothing."""
+    return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
+
+
+def midi_events(track):
+    """Yield (tick, status, data) of each event in a MIDI track's bytes. Lifts out with: nothing."""
+    left, tick, running = list(reversed(track)), 0, 0                  # left.pop() is the next byte
+
+    def number():
+        value, more = 0, True
+        while more:
+            # Seven bits a byte, the highest first; the eighth says that more follow. 28 at most.
+            more, bits = divmod(left.pop(), 128)
+            value = (value * 128 + bits) % 2 ** 28         # 128, 28: see above
+        return value
+
+    while left:
+        tick += number()
+        # A byte below 128 is data already: the status byte of the event before still holds.
+        status = left.pop() if left[-1] >= 128 else running
+        # Meta events (0xFF, then their kind) and system exclusive ones say how many bytes follow.
+        kind = [left.pop()] if status == 0xFF else []
+        # Program change (0xC.) and channel pressure (0xD.) have one data byte, the others two.
+        size = number() if status >= 0xF0 else 1 if status >> 4 in (0xC, 0xD) else 2
+        data = kind + [left.pop() for _ in range(size)]
+        if status < 128 or status < 0xF0 and max(data) > 127:      # never in data
+            raise ValueError(f"status byte {status} with data {data}")
+        running = status if status < 0xF0 else running         # 0xF0 and above: of no channel
+        yield tick, status, data
+
+
+def read_midi(path, most=4_000_000):
+    """The notes of a MIDI file of format 0 or 1: a list of (start s, end s, pitch, velocity).
+
+    Follows tempo changes and running status; notes still on at the end stop there. Raises
+    ValueError naming the file when it is missing, cut short, larger than `most` bytes, or no MIDI.
+    Lifts out with: midi_events.
+    """
+    events, notes, sounding, seconds, last, tempo = [], [], {}, 0.0, 0, 500_000    # us a beat
+    try:
+        data = pathlib.Path(path).read_bytes() if os.path.getsize(path) <= most else b""
+        magic, size, form, tracks, ticks = struct.unpack_from(">4sIHHH", data)
+        at = 8 + size                                                  # 8: a chunk's name and size
+        if magic != b"MThd" or form > 1 or not 0 < ticks < 0x8000:     # from 0x8000 on: film frames
+            raise ValueError(f"{magic}, format {form}, division {ticks}")
+        while tracks:
+            name, size = struct.unpack_from(">4sI", data, at)
+            track, = struct.unpack_from(f"{size}s", data, at + 8)      # 8: as above
+            at, tracks = at + 8 + size, tracks - (name == b"MTrk")     # others: skipped
+            events += midi_events(track) if name == b"MTrk" else []
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise ValueError(f"{path}: expected a whole MIDI file of format 0 or 1, timed in ticks per "
+                         f"quarter note, of at most {most:,} bytes ({error})") from None
+    for tick, status, data in sorted(events, key=lambda event: (event[0], event[1] != 0xFF)):
+        seconds, last = seconds + (tick - last) * tempo / 1e6 / ticks, tick    # 1e6 us are 1 s
+        if status == 0xFF and data[0] == 0x51:                     # 0x51: tempo, three bytes
+            tempo = int.from_bytes(data[1:4], "big")                   # 1:4, after 0x51
+        elif status >> 4 in (0x8, 0x9):                                # note off, note on
+            key = status & 15, data[0]                                 # 15: the channel; the pitch
+            start, velocity = sounding.pop(key, (seconds, 0))
+            notes.append((start, seconds, data[0], velocity))
+            sounding[key] = seconds, data[1] * (status >> 4 == 0x9)    # off: of velocity 0
+    notes += [(start, seconds, pitch, v) for (_, pitch), (start, v) in sounding.items()]
+    return sorted(note for note in notes if note[-1])                  # without those
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. The Snake VAE: how does a second of sound become 63 vectors?
+# --------------------------------------------------------------------------------------------------
+# 16,000 numbers a second are too many for a diffusion model that must learn in minutes. A codec
+# squeezes 256 samples into one frame of 16 channels, and back. As a *variational* auto-encoder [13]
+# it gives each latent value a mean and a variance, and decodes a draw
+#
+#     z = mean + e^(log_variance / 2) noise        (so that the gradient reaches mean and variance)
+#
+# The price for what it sends, KL(N(mean, variance) || N(0, 1)), keeps latents near unit size and
+# without holes in between: what a diffusion model can hit, the decoder can play. Its activation,
+# Snake [11], bends with a period that it learns. The slope 1 + sin(2 a x) is never negative and
+# repeats however far from 0: a tone that goes on is something this network can continue.
+
+
+class Snake(nn.Module):
+    """x + sin(a x)^2 / a, one learned a > 0 per channel ([11] section 3): [B, D, T] -> [B, D, T].
+
+    Computed as x + c - c cos(2 a x), c = 1/(2a): one cosine and one fused multiply-add. The weight
+    is ln(a): a itself would sooner or later cross 0. Lifts out with: nothing.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.log_a = nn.Parameter(torch.zeros(channels, 1))
+
+    def forward(self, x):
+        two_a = 2 * self.log_a.exp()
+        return torch.addcmul(x + 1 / two_a, 1 / two_a, torch.cos(two_a * x), value=-1)
+
+
+class ResidualUnit(nn.Module):
+    """x + two convolutions of it, the first dilated: [B, D, T] -> same. Lifts out with: Snake."""
+
+    def __init__(self, width, dilation, kernel=7):
+        super().__init__()
+        self.net = nn.Sequential(
+            Snake(width), nn.Conv1d(width, width, kernel, dilation=dilation, padding="same"),
+            Snake(width), nn.Conv1d(width, width, 1))
+        # Each unit starts close to the identity: without it two dozen of them blow up when stacked.
+        nn.init.normal_(self.net[-1].weight, std=1e-3)
+
+    def forward(self, x):
+        return x + self.net(x)
+
+
+class Recurrent(nn.Module):
+    """x + a bidirectional LSTM over it (seeds/004): [B, D, L] -> same. Lifts out with: nothing."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width // 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x):
+        return x + self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
+
+
+class SnakeVAE(nn.Module):
+    """A codec: audio [B, T] <-> latents [B, C, L], hop = product of strides, L = ceil(T / hop).
+
+    As in [12] section 3.1 each stage divides time by its stride (at least 2) and doubles the width,
+    here up to 6 times `width`. Kernels are twice the stride, so that every output sample is made of
+    equally many inputs; else the stride is heard as a buzz. The LSTM hears the whole sound.
+    Lifts out with: Recurrent, ResidualUnit, Snake.
+    """
+    tail = 0                                      # samples that a frame needs beyond its own hop
+
+    def __init__(self, sample_rate, channels=16, strides=(4, 4, 4, 4), width=32, dilations=(1, 3)):
+        super().__init__()
+        self.sample_rate, self.channels, self.hop = sample_rate, channels, math.prod(strides)
+        widths = [min(2 ** i, 6) * width for i in range(len(strides))]         # 6: 32, 64, 128, 192
+        stages, last = list(zip(strides, [width // 2] + widths, widths)), widths[-1]
+        conv = lambda a, b, kernel: nn.Conv1d(a, b, kernel, padding="same")
+        units = lambda d: [ResidualUnit(d, dilation) for dilation in dilations]
+        step = lambda s: dict(kernel_size=2 * s, stride=s, padding=(s + 1) // 2)         # T -> T/s
+        body = [layer for s, a, b in stages for layer in (
+            Snake(a), nn.Conv1d(a, b, **step(s)), *units(b))]
+        self.encoder = nn.Sequential(conv(1, width // 2, kernel=7), *body,
+                                     Recurrent(last), Snake(last))
+        self.to_mean, self.to_log_variance = (conv(last, channels, kernel=3) for _ in range(2))
+        # Little noise at first, e^-2: a decoder that hears only noise learns to ignore the latents.
+        nn.init.constant_(self.to_log_variance.bias, -4.0)
+        body = [layer for s, a, b in reversed(stages) for layer in (
+            *units(b), Snake(b), nn.ConvTranspose1d(b, a, **step(s), output_padding=s % 2))]
+        self.decoder = nn.Sequential(conv(channels, last, kernel=3), Recurrent(last), *body,
+                                     Snake(width // 2), conv(width // 2, 1, kernel=7))
+
+    def posterior(self, audio):
+        """[B, T] -> mean, log_variance, each [B, C, L]. The end is padded with silence."""
+        h = self.encoder(F.pad(audio, (0, -audio.shape[-1] % self.hop))[:, None])        # [B, D, L]
+        # Clamped: e^20 is noise that no decoder could use, and e^-20 is below float32's rounding.
+        return self.to_mean(h), self.to_log_variance(h).clamp(-20, 20)
+
+    def frames(self, samples):
+        return -(-samples // self.hop)
+
+    def encode(self, audio):
+        return self.posterior(audio)[0]                   # [B, C, L]: the mean, without the noise
+
+    def decode(self, latents):
+        return self.decoder(latents)[:, 0]                # [B, L * hop]; gradients pass
+
+
+def kl_divergence(mean, log_variance):
+    """KL(N(mean, variance) || N(0, 1)), the mean over all latent values, in nats ([13] appendix B).
+
+    The integral of p ln(p/q) in closed form: (mean^2 + variance - 1 - ln variance) / 2. A mean and
+    not a sum, so that its weight is the same at every length. Lifts out with: nothing.
+    """
+    return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. What the VAE is trained on: when are two sounds the same?
+# --------------------------------------------------------------------------------------------------
+# Not when their samples agree: shift a tone by half a period and it sounds the same, while the
+# squared error is at its largest. Spectrograms forget the phase; three window lengths, because long
+# ones tell pitches apart and short ones tell when. Where they cannot tell, the decoder plays the
+# average, which is dull. A discriminator learns to hear that, and the decoder to fool it.
+#
+# Such losses have gradients of very different size, and the sizes change. The balancer divides each
+# by its own running norm, so that the weights are shares of the gradient and not magic numbers:
+# 1 : 1 then means equal say. The KL is not a function of the output and has no gradient there to
+# divide; it joins behind.
+
+
+def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
+    """How far two spectrograms are apart: spectral convergence + log magnitude, mean over `sizes`.
+
+    ||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e| ([22] eq. 4 to 6), S the magnitudes of an STFT
+    with Hann windows of `size` samples, a quarter apart. estimate, target: [B, T] -> scalar. floor:
+    smaller magnitudes count as equal; 1e-3 is about the noise of 16-bit samples.
+    Lifts out with: nothing.
+    """
+    total = 0.0
+    for size in sizes:
+        window = torch.hann_window(size, device=target.device)
+        spectrum = lambda x: torch.stft(x.float(), size, hop_length=size // 4, window=window,
+                                        pad_mode="constant", return_complex=True)
+        e, t = spectrum(estimate).abs(), spectrum(target).abs()                          # [B, f, l]
+        total = total + (t - e).norm() / t.norm().clamp_min(floor)           # silence: no 0/0
+        total = total + F.l1_loss(e.clamp_min(floor).log(), t.clamp_min(floor).log())
+    return total / len(sizes)
+
+
+class STFTDiscriminator(nn.Module):
+    """Tells recordings from reconstructions by their spectrogram, VGG style (seeds/004).
+
+    audio [B, T] -> (logits [B, 1, f, l], maps: the list of its hidden layers). Real and imaginary
+    part are two input channels, so that wrong phases can be heard. Lifts out with: nothing.
+    """
+
+    def __init__(self, size=512, width=32, depth=4):
+        super().__init__()
+        self.size, widths = size, [2] + [min(2 ** i, 4) * width for i in range(depth)]   # at most 4
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1)
+                                    for a, b in zip(widths, widths[1:]))
+        self.exit = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+
+    def forward(self, audio):
+        window = torch.hann_window(self.size, device=audio.device)
+        spectrum = torch.stft(audio.float(), self.size, hop_length=self.size // 4, window=window,
+                              pad_mode="constant", return_complex=True)                  # [B, f, l]
+        h, maps = torch.view_as_real(spectrum).permute(0, 3, 1, 2), []  # 3: re, im -> [B, 2, f, l]
+        # A root tames the range: partials of a string differ by a factor of a thousand.
+        h = h * (h.square().sum(1, keepdim=True) + 1e-7) ** -0.25
+        for layer in self.layers:
+            h = F.leaky_relu(layer(h), negative_slope=0.1)
+            maps.append(h)
+        return self.exit(h), maps
+
+
+def hinge_discriminator_loss(real, fake):
+    """mean relu(1 - real) + mean relu(1 + fake) ([12] section 3.4). Lifts out with: nothing."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_generator_loss(fake):
+    """-mean fake: scalar. [12] cuts it off at 1; this goes on pulling. Lifts out with: nothing."""
+    return -fake.mean()
+
+
+def feature_matching_loss(real, fake):
+    """Mean L1 of maps, each over its real map's size ([12] sec. 3.4). Lifts out with: nothing."""
+    # The real maps are targets, so they are detached; the clamp keeps a silent one from being 0/0.
+    return sum(F.l1_loss(f, r.detach()) / r.detach().abs().mean().clamp_min(1e-8)
+               for r, f in zip(real, fake)) / len(real)
+
+
+class LossBalancer:
+    """Turn weights into shares of the gradient at the output ([12] section 3.4).
+
+    balanced = sum_i w_i / sum(w) * total_norm * g_i / <|g_i|>,   g_i = d loss_i / d output,
+    |.| the norm per item, mean over the batch, and <.> its bias-corrected running mean. Divided by
+    its norm, a loss says where to go and not how loud; doubling it changes nothing.
+
+        balancer = LossBalancer({"l1": 1, "stft": 2})
+        balancer.backward({"l1": l1, "stft": stft}, output, free={"kl": 0.01 * kl})
+
+    Lifts out with: nothing.
+    """
+
+    def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
+        self.weights, self.total_norm, self.ema_decay = dict(weights), total_norm, ema_decay
+        self.norms, self.counts, self.shares = {}, {}, {}
+
+    def backward(self, losses, output, free=None):
+        """Backpropagate losses {name: scalar} of `output` [B, ...], balanced, and the free as is.
+
+        free: those that do not depend on the output (KL). `shares` then holds each loss's part of
+        the balanced gradient, sum 1. ValueError for a loss without a weight.
+        """
+        for name in losses:
+            if name not in self.weights:
+                raise ValueError(f"no weight for the loss {name!r}, only for {list(self.weights)}")
+        total, parts = sum(self.weights[name] for name in losses), {}
+        for name, loss in losses.items():
+            g, = torch.autograd.grad(loss, output, retain_graph=True)
+            norm = torch.atleast_2d(g).flatten(1).norm(dim=1).mean()
+            before = self.norms.get(name, 0 * norm).to(norm)          # a resumed one is on the CPU
+            self.norms[name] = torch.lerp(norm, before, self.ema_decay)
+            self.counts[name] = self.counts.get(name, 0) + 1
+            mean = self.norms[name] / (1 - self.ema_decay ** self.counts[name])
+            # A loss may rest, with a gradient of 0, from its first step on: not 0/0.
+            parts[name] = self.weights[name] / total * self.total_norm * g / mean.clamp_min(1e-12)
+        whole = sum(part.norm() for part in parts.values()).clamp_min(1e-12)    # all may be 0
+        self.shares = {name: part.norm() / whole for name, part in parts.items()}
+        free = list((free or {}).values())
+        torch.autograd.backward([output, *free], [sum(parts.values()), *[None] * len(free)])
+
+    def state_dict(self):
+        return {"norms": dict(self.norms), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state):
+        self.norms, self.counts = dict(state["norms"]), dict(state["counts"])
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Data: where do the notes come from?
+# --------------------------------------------------------------------------------------------------
+# From a formula (Plucks, Melodies), a folder of recordings, or NSynth [14]. Each source of sound
+# gives audio(i) and what is known of it: labels (pitch, velocity, source) and whether it is held
+# out. Neither network trains on held-out notes; in NSynth's folders they are other instruments.
+#
+# Diffusion never touches audio. Every recording is encoded once, into one flat file of frames that
+# the next run finds again; training cuts windows out of it. Latents are standardised: the noise has
+# variance 1, and what chapter 1 says about losses counts on the data having it too. Mean and
+# deviation come from the training part alone, and travel in the checkpoint.
+AUDIO_ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
+MIDI = r"(0\d\d|1[01]\d|12[0-7])"                                  # 000 to 127
+NSYNTH_NAME = re.compile(rf"(.+)_\d{{3}}-{MIDI}-{MIDI}")          # source_instrument-pitch-velocity
+NSYNTH_URL = ("https://media.githubusercontent.com/media/SonyCSLParis/test-lfs/refs/heads/master/"
+              "NSYNTH_GUITAR_MP3.zip")
+NSYNTH_SIZE = 334_999_208                                          # bytes
+NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a0d81a3cd72d55d427a95f0558e43dfb3"
+
+
+class Progress:
+    """A line that says how far things are and how long they will take; `done` is where they start.
+    A terminal's renews itself, a file gets one every 15 seconds. Lifts out with: nothing.
+    """
+
+    def __init__(self, what, total, unit="items", done=0):
+        self.what, self.total, self.unit, self.first = what, total, unit, done
+        self.began, self.shown = time.monotonic(), -math.inf
+
+    def __call__(self, done, text=""):
+        """`done` of `total` are done; `text` goes behind. Cheap enough for every step."""
+        now, live, last = time.monotonic(), sys.stderr.isatty(), done >= self.total
+        early = now - self.shown < (0.2 if live else 15)           # seconds
+        if not last and (early or done <= self.first):
+            return
+        self.shown, spent = now, now - self.began
+        rate = (done - self.first) / max(spent, 1e-9)              # the first call may come at once
+        left = f"{spent:.0f} s in all" if last else f"{(self.total - done) / rate:.0f} s left"
+        line = f"{self.what} {done:,}/{self.total:,}  {rate:,.1f} {self.unit}/s  {left}"
+        # On a terminal: back to the first column, and away with what stood there.
+        print("\r\033[K" * live + line + f"  {text}" * bool(text),
+              end="\n" * (last or not live), file=sys.stderr, flush=True)
+
+
+class Recordings:
+    """What a source of sound has: audio(i, start, length) -> [T], samples at `sample_rate` Hz.
+
+    `seconds` is what training cuts out. names, lengths [N]; labels [N, 3] (MIDI pitch, velocity,
+    index into `sources`; -1 unknown); valid [N] bool, held out; made_from, a string that changes
+    with the content. Lifts out with: nothing.
+    """
+
+    def __len__(self):
+        return len(self.names)
+
+    def crops(self, n, length, generator):
+        """n random windows of the training part: [n, length]; what is shorter ends in silence."""
+        train = (~self.valid).nonzero()[:, 0]
+        chosen = train[torch.randint(len(train), (n,), generator=generator)].tolist()
+        out, where = torch.zeros(n, length), torch.rand(n, generator=generator).tolist()
+        for row, i, w in zip(out, chosen, where):
+            audio = self.audio(i, int(w * max(0, self.lengths[i] - length + 1)), length)
+            row[:len(audio)] = audio
+        return out
+
+
+class Plucks(Recordings):
+    """The built-in strings: note i has MIDI pitch 40 + i mod 37, a velocity and a tone of its own.
+    The same from the same seed; the last sixth is held out.
+    Lifts out with: Recordings, pluck, standard_normal.
+    """
+
+    def __init__(self, count=2220, seed=0, seconds=1.0, sample_rate=16_000):
+        self.sample_rate, self.seconds, self.seed, self.cache = sample_rate, seconds, seed, {}
+        self.lengths = [round(seconds * sample_rate)] * count
+        self.made_from = f"{type(self).__name__} {count} {seed} {seconds} {sample_rate}"
+        self.valid = torch.arange(count) >= count - max(1, count // 6)                    # a sixth
+        pitch = 40 + torch.arange(count) % 37                                # 37 pitches, 40 to 76
+        random = torch.Generator().manual_seed(seed)
+        velocity = torch.randint(25, 128, (count,), generator=random)        # from soft to hardest
+        self.labels = torch.stack([pitch, velocity, torch.zeros_like(pitch)], dim=1)
+        self.names, self.sources = [f"pluck {i}" for i in range(count)], ["pluck"]
+
+    def notes(self, i):
+        """What recording i plays, as read_midi says it: (start s, end s, pitch, velocity) each."""
+        return [(0.0, self.seconds, *self.labels[i, :2].tolist())]
+
+    def audio(self, i, start=0, length=None):
+        """Samples start to start + length of recording i: [T]."""
+        if i not in self.cache:
+            audio = torch.zeros(self.lengths[i])
+            for k, (begin, end, pitch, velocity) in enumerate(self.notes(i)):
+                # Each note has a seed of its own, far from any other recording's.
+                random = torch.Generator().manual_seed(self.seed + 1_000_003 * (i + 1) + k)
+                note = pluck(torch.tensor([pitch]), torch.tensor([velocity]), end - begin,
+                             self.sample_rate, random)[0]
+                at = round(begin * self.sample_rate)
+                audio[at:at + len(note)] = note[:len(audio) - at]
+            self.cache[i] = audio
+        return self.cache[i][start:None if length is None else start + length]
+
+
+class Melodies(Plucks):
+    """The built-in phrases: plucked notes one after the other, with rests; no labels, but curves.
+    Lifts out with: Plucks, Recordings, pluck, standard_normal.
+    """
+
+    def __init__(self, count=240, seed=0, seconds=8.0, sample_rate=16_000):
+        super().__init__(count, seed, seconds, sample_rate)
+        self.labels, self.sources = torch.full_like(self.labels, -1), []
+        self.names = [f"melody {i}" for i in range(count)]
+
+    def notes(self, i):
+        random = np.random.default_rng([self.seed, i])
+        notes, at, pitch = [], 0.0, int(random.integers(50, 68))              # starts in the middle
+        while at < self.seconds:
+            lasts = random.choice([0.25, 0.375, 0.5, 0.75, 1.0])                         # seconds
+            end = min(at + float(lasts), self.seconds)
+            pitch = int(np.clip(pitch + random.integers(-5, 6), 40, 76))      # leaps up to a fourth
+            if random.random() > 0.12:                                             # else a rest
+                notes.append((at, end, pitch, int(random.integers(40, 128))))      # not too soft
+            at = end
+        return notes
+
+
+def write_json(path, content):
+    """Write JSON so that a crash leaves the old file or the new one. Lifts out with: nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.new", "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+
+def inspect_audio(path):
+    """Read a sound file to its end: (samples, rate in Hz, CRC-32 of them, None or what is wrong).
+    Lifts out with: read_blocks.
+    """
+    frames, rate, crc, peak = 0, 0, 0, 0.0
+    try:
+        for block, rate in read_blocks(path):
+            frames, crc = frames + len(block), zlib.crc32(block, crc)
+            peak = np.maximum(peak, abs(block).max())              # unlike max(), it passes NaN on
+    except ValueError as error:
+        return 0, 0, 0, str(error).removeprefix(f"{path}: ")
+    short, soft = frames < max(1, 0.05 * rate), peak < 1e-4                  # 0.05 s; -80 dB
+    problem = ("holds NaN or infinite samples" if not np.isfinite(peak)
+               else f"holds {frames} samples, less than 0.05 s" if short
+               else "holds only silence" if soft else None)
+    return frames, rate, crc, problem
+
+
+class AudioFolder(Recordings):
+    """Every wav, flac, mp3 and ogg below a folder, of any rate, mono or not.
+
+    NSynth names (guitar_acoustic_004-071-025.wav) give the labels, other names give -1. What lies
+    in folders that end in -valid is held out; if that is nothing or all, a seeded 5 % is.
+    sample_rate None: the most common, at most 22,050 Hz; seconds None: the longest, at most 8
+    (seeds/004). `unusable` is {name: reason}; known: a JSON file that remembers what was found.
+    Raises ValueError for no folder, below 2 usable files, or if less than half are usable. Lifts
+    out with: Progress, Recordings, inspect_audio, load_audio, read_blocks, resample, write_json.
+    """
+
+    def __init__(self, root, sample_rate=None, seconds=None, seed=0, known=None):
+        if not os.path.isdir(root):
+            raise ValueError(f"{root}: no such folder; --data takes plucks, melodies, nsynth "
+                             "or a folder of recordings")
+        every = [pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+        files = sorted(path for path in every if path.suffix.lower() in AUDIO_ENDINGS)
+        seen = json.loads(known.read_text()) if known and known.exists() else {}
+        progress, rows = Progress("checking files", len(files)), []
+        for done, path in enumerate(files, 1):
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+            if seen.get(str(path), [0])[0] != stamp:
+                seen[str(path)] = [stamp, *inspect_audio(path)]
+            rows.append((path, str(path.relative_to(root)), *seen[str(path)][1:]))
+            progress(done)
+        self.unusable = {name: problem for _, name, *_, problem in rows if problem}
+        rows = [row[:-1] for row in rows if not row[-1]]
+        if len(rows) < max(2, len(files) / 2):
+            first = next((f" ({name!r} {why})" for name, why in self.unusable.items()), "")
+            raise ValueError(f"{root}: {len(files)} audio files ({' '.join(AUDIO_ENDINGS)}) among "
+                             f"{len(every)} files, {len(self.unusable)} of them unusable{first}; "
+                             "expected at least 2 usable ones, and half of all")
+        if known:
+            write_json(known, seen)
+        self.files, self.names, frames, rates, crcs = zip(*rows)
+        usual = max(sorted(set(rates)), key=rates.count)
+        self.sample_rate = sample_rate or min(usual, 22_050)                             # Hz
+        self.seconds = seconds or min(max(n / r for n, r in zip(frames, rates)), 8.0)    # 8 seconds
+        self.lengths = [math.ceil(n * self.sample_rate / r) for n, r in zip(frames, rates)]
+        content = repr([*zip(self.names, crcs), self.sample_rate, seed])
+        self.made_from = hashlib.sha256(content.encode()).hexdigest()
+        found = [NSYNTH_NAME.fullmatch(path.stem) for path in self.files]
+        self.sources = sorted({m[1] for m in found if m})
+        # A name's groups are 1 the source, 2 the pitch, 3 the velocity.
+        label = lambda m: [int(m[2]), int(m[3]), self.sources.index(m[1])]     # 2, 3: as above
+        self.labels = torch.tensor([label(m) if m else [-1, -1, -1] for m in found])
+        split = [any(part.endswith("-valid") for part in path.parts) for path in self.files]
+        if len(set(split)) == 1:
+            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+            split = (order < max(1, len(order) // 20)).tolist()                          # 5 %
+        self.valid = torch.tensor(split)
+
+    def audio(self, i, start=0, length=None):
+        """Samples start to start + length of recording i: [T], shorter where it ends before."""
+        rate, seconds = self.sample_rate, math.inf if length is None else length / self.sample_rate
+        if start >= self.lengths[i]:
+            return torch.zeros(0)
+        return load_audio(self.files[i], rate, start / rate, seconds)[:length]
+
+
+def download(url, path, size, sha256, attempts=5, timeout=30.0):
+    """Fetch url to path, going on where an interrupted download stopped.
+
+    Bytes gather in path.part, which gets its name when size and SHA-256 are right. Raises
+    ValueError after `attempts` tries in a row without a new byte (timeout in seconds each), or for
+    wrong bytes. Lifts out with: Progress.
+    """
+    part, failures = pathlib.Path(f"{path}.part"), 0
+    part.touch()
+    progress = Progress("downloading", size, "bytes", part.stat().st_size)
+    while (have := part.stat().st_size) < size and failures < attempts:
+        try:
+            why = "the connection ended"
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+            # Status 206: the server goes on at `have`. Otherwise it starts over, and so do we.
+            with urllib.request.urlopen(request, timeout=timeout) as answer, \
+                    open(part, "ab" if answer.status == 206 else "wb") as file:    # 206: see above
+                # A mebibyte at a time; progress returns None.
+                file.writelines(iter(lambda: progress(file.tell()) or answer.read(1 << 20), b""))
+        except (OSError, ValueError, http.client.HTTPException) as error:   # time-outs, resets too
+            why = str(error)
+        failures = 0 if part.stat().st_size > have else failures + 1
+    if have < size:
+        raise ValueError(f"{url}: {why}; {have:,} of {size:,} bytes are kept, run the same again")
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    if have != size or digest != sha256:
+        part.unlink()
+        raise ValueError(f"{url}: got {have:,} bytes with SHA-256 {digest}, expected {size:,} "
+                         f"with {sha256}; deleted, run the same again")
+    os.replace(part, path)
+
+
+def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYNTH_SHA256):
+    """NSynth's guitars as mp3, 335 MB: downloads, checks, unpacks; returns the folder of notes.
+
+    Unpacks beside the target and renames at the end: half a set never looks like a whole one.
+    ValueError: wrong bytes, entries that would leave the folder, or more than 4 GB inside.
+    Lifts out with: Progress, download.
+    """
+    target, archive, fresh = (pathlib.Path(folder, name) for name in
+                              ("NSYNTH_GUITAR_MP3", "NSYNTH.zip", "unpacking"))
+    if target.is_dir():
+        return target
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        download(url, archive, size, sha256)
+    shutil.rmtree(fresh, ignore_errors=True)
+    with zipfile.ZipFile(archive) as bundle:
+        entries = bundle.infolist()
+        for name in bundle.namelist():
+            if not (fresh / name).resolve().is_relative_to(fresh.resolve()):
+                raise ValueError(f"{archive}: {name!r} leaves its folder; nothing unpacked")
+        if sum(entry.file_size for entry in entries) > 4e9:                              # 4 GB
+            raise ValueError(f"{archive}: more than 4 GB inside; nothing unpacked")
+        progress = Progress("unpacking", len(entries))
+        for done, entry in enumerate(entries, 1):
+            bundle.extract(entry, fresh)
+            progress(done)
+    os.replace(fresh / target.name if (fresh / target.name).is_dir() else fresh, target)
+    shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+class Music2Latent:
+    """The Music2Latent codec [15] behind the interface of SnakeVAE: 44,100 Hz, 64 channels.
+
+    L = (T - 1536) // 4096, at least 1: a note of 4 s is 42 frames. Its decoder starts from noise;
+    here that has a seed. The package fetches its weights (233 MB) when first used: ValueError says
+    where they belong when it cannot. Lifts out with: nothing.
+    """
+    sample_rate, hop, channels, tail = 44_100, 4096, 64, 1536
+
+    def __init__(self, seed=0, device=None, batch=16):
+        import warnings
+        import music2latent                                     # slow to load: only when it is used
+        warnings.filterwarnings("ignore", ".*autocast", module="music2latent")   # said on every CPU
+        self.seed, self.batch = seed, batch
+        # Apple's GPUs garble this codec: there it stays on the CPU.
+        self.device = torch.device("cpu" if "mps" in str(device) else device or "cpu")
+        weights = pathlib.Path(music2latent.__file__).parent / "models" / "music2latent.pt"
+        if not weights.exists():
+            print(f"fetching Music2Latent's weights, 233 MB, to {weights}", file=sys.stderr)
+        try:
+            self.model = music2latent.EncoderDecoder(device=self.device)
+        except Exception as error:                                 # whatever the hub may throw
+            said = f"{type(error).__name__}: {error}".split(".")[0]
+            raise ValueError(f"Music2Latent does not load ({said}); put music2latent.pt of "
+                             f"huggingface.co/SonyCSLParis/music2latent at {weights}") from None
+        self.made_from = f"music2latent {weights.stat().st_size}"
+
+    def frames(self, samples):
+        """How many frames a sound of that many samples has."""
+        return max(1, (samples - self.tail) // self.hop)
+
+    def encode(self, audio):
+        """[B, T] -> [B, 64, L]; what is shorter than a frame is padded with silence."""
+        padded = F.pad(audio, (0, max(0, self.hop + self.tail - audio.shape[-1])))
+        # On a GPU the package answers in half precision.
+        return self.model.encode(padded.to(self.device), max_batch_size=self.batch).to(audio)
+
+    def decode(self, latents):
+        """[B, 64, L] -> [B, 4096 L + 1536]: each item from the same noise, alone or in a batch."""
+        audio = []
+        with torch.random.fork_rng():
+            for item in latents.to(self.device).split(1):
+                torch.manual_seed(self.seed)
+                audio.append(self.model.decode(item).to(latents))
+        return torch.cat(audio)
+
+
+@torch.no_grad()
+def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
+    """Encode recordings `first` and on in pieces: yields (recording, is it the last, audio, rows).
+
+    Pieces of `seconds` see one second more on each side, so that no edge is near what is kept: rows
+    [frames, C] float32, with `curves` [frames, C + 2], the envelope and the MIDI pitch behind.
+    Equally long pieces share a batch. Lifts out with: envelope, pitch_track.
+    """
+    rate, hop = codec.sample_rate, codec.hop
+    length, overlap = (max(1, round(s * rate / hop)) for s in (seconds, 1))              # frames
+
+    def pieces():
+        for i in range(first, len(recordings)):
+            L = codec.frames(max(recordings.lengths[i], round(recordings.seconds * rate)))
+            for a in range(0, L, length):
+                begin, b = max(0, a - overlap), min(a + length, L)
+                samples = (min(b + overlap, L) - begin) * hop + codec.tail
+                audio = recordings.audio(i, begin * hop, samples)
+                audio = F.pad(audio, (0, samples - len(audio)))
+                yield i, b == L, audio, slice(a - begin, b - begin)
+
+    for samples, alike in itertools.groupby(pieces(), key=lambda piece: len(piece[2])):
+        while together := list(itertools.islice(alike, batch)):
+            audio = torch.stack([piece[2] for piece in together])                        # [n, T]
+            rows = codec.encode(audio.to(device)).cpu()                                  # [n, C, L]
+            if curves:
+                both = torch.stack([envelope(audio, hop), pitch_track(audio, rate, hop)], dim=1)
+                rows = torch.cat([rows, both[..., :rows.shape[-1]]], dim=1)
+            for (i, last, sound, kept), row in zip(together, rows):
+                yield i, last, sound, row[:, kept].T.contiguous().numpy()
+
+
+def encode_recordings(codec, recordings, folder, curves=False, device="cpu", seconds=8.0, batch=16):
+    """Encode all recordings into folder/frames.bin and index.json; goes on where it was cut off.
+
+    A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
+    out, pitch as recorded, labels] of each recording. Latents of another codec or of other data are
+    replaced. For the other arguments see encode_pieces.
+    Lifts out with: Progress, encode_pieces, envelope, note_pitch, pitch_track, write_json.
+    """
+    store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
+    N = len(recordings)
+    made_from = [recordings.made_from, codec.made_from, recordings.seconds, curves]
+    index = json.loads(store.read_text()) if store.exists() and flat.exists() else {}
+    if index.get("made_from") != made_from:
+        index = {"made_from": made_from, "width": codec.channels + 2 * curves, "items": []}
+        # The index goes first: the old one would vouch for new frames.
+        write_json(store, index)
+    items, frames, saved, rate = index["items"], 0, time.monotonic(), codec.sample_rate
+    if len(items) == N:
+        return
+    progress = Progress("encoding", N, "recordings", len(items))
+    work = encode_pieces(codec, recordings, len(items), seconds, curves, device, batch)
+    whole = sum(item[1] for item in items) * index["width"] * np.float32().nbytes         # in bytes
+    with open(flat, "r+b" if items else "wb") as file:
+        file.truncate(file.seek(whole))             # away with rows of a recording left unfinished
+        for i, last, sound, rows in work:
+            file.write(rows)
+            frames += len(rows)
+            if not last:
+                continue
+            # What a held-out note measures as recorded, 60 times a second: `evaluate`'s ceiling.
+            held, label, pitch = bool(recordings.valid[i]), recordings.labels[i].tolist(), math.nan
+            if held and label[0] >= 0:
+                pitch = note_pitch(pitch_track(sound[None], rate, hop=round(rate / 60))).item()
+            pitch = None if math.isnan(pitch) else pitch
+            items.append([recordings.names[i], frames, held, pitch, label])
+            progress(len(items))
+            frames = 0
+            if len(items) == N or time.monotonic() - saved > 20:   # seconds
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(store, index)
+                saved = time.monotonic()
+
+
+class LatentDataset:
+    """Windows of `frames` frames out of encoded recordings, standardised, drawn by index.
+
+    folder: what encode_recordings wrote. mean, std [C] are of the training part. All frames live on
+    `device`. Lifts out with: nothing.
+    """
+
+    def __init__(self, folder, frames, channels, device="cpu"):
+        index = json.loads(pathlib.Path(folder, "index.json").read_text())
+        flat = np.fromfile(pathlib.Path(folder, "frames.bin"), np.float32)
+        flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
+        self.names, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
+        held, lengths = torch.tensor(held), torch.tensor(lengths)
+        self.frames, self.channels, self.device = frames, channels, device
+        train = flat[np.repeat(~held.numpy(), lengths.numpy()), :channels]
+        mean, std = (torch.tensor(f(0, dtype=np.float64)).float() for f in (train.mean, train.std))
+        # A channel that the codec hardly uses stays small instead of being blown up to size 1.
+        self.mean, self.std = mean.to(device), std.clamp_min(1e-2).to(device)
+        self.flat, self.labels, self.first, self.room, self.train, self.valid = (
+            x.to(device) for x in (torch.from_numpy(flat), torch.tensor(labels),
+                                   lengths.cumsum(0) - lengths, lengths - frames,
+                                   (~held).nonzero()[:, 0], held.nonzero()[:, 0]))
+
+    def window(self, items, starts):
+        """items [n], starts [n] in frames -> latents [n, C, L], labels [n, K], curves [n, 2, L] or
+        None: the envelope, and the pitch in octaves from C4, where an unvoiced frame's 0 is -5.
+        """
+        rows = (self.first[items] + starts)[:, None] + torch.arange(self.frames, device=self.device)
+        cut = self.flat[rows].transpose(1, 2)                                  # [n, C or C + 2, L]
+        x = (cut[:, :self.channels] - self.mean[:, None]) / self.std[:, None]
+        if cut.shape[1] == self.channels:
+            return x, self.labels[items], None
+        envelopes, pitches = cut[:, self.channels:].unbind(1)
+        octaves = (pitches - 60) / 12                                              # MIDI 60 is C4
+        return x, self.labels[items], torch.stack([envelopes, octaves], dim=1)
+
+    def batch(self, n, generator):
+        """n random windows of the training part; generator on the data's device."""
+        chosen = torch.randint(len(self.train), (n,), generator=generator, device=self.device)
+        where, items = torch.rand(n, generator=generator, device=self.device), self.train[chosen]
+        return self.window(items, (where * (self.room[items] + 1)).long())
+
+    def held_out(self, items=slice(None)):
+        """The first windows of held-out recordings."""
+        return self.window(self.valid[items], torch.zeros_like(self.valid[items]))
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training: how do we get good weights, and never lose them?
+# --------------------------------------------------------------------------------------------------
+# One loop serves both networks: draw a batch, step, now and then say how it goes, save. Three
+# things in it are worth a thought.
+#
+# The learning rate warms up, stays, and falls as 1/sqrt(step). It does not know when it will end,
+# so a run that is continued goes exactly the way of one that was longer from the start. What a
+# decay to zero would buy at the end, the moving average of the weights buys: late steps rattle
+# about the floor of the valley, and their mean lies in its middle ([21] section 3.1).
+#
+# A checkpoint holds everything that the next step depends on, the state of the random generator
+# too, and is written beside the old one and renamed: at every moment one of the two is whole.
+#
+# More than one GPU: torchrun starts this file once per GPU. Every rank draws the *whole* batch, its
+# times and its noise from the same generator and keeps each N-th item, so N ranks together see what
+# one would see alone; DistributedDataParallel averages their gradients. Rank 0 alone writes.
+#
+#     torchrun --nproc-per-node 2 -- minidiff.py train
+FORMAT = 1
+OBJECTIVES = {"rf": RectifiedFlow, "edm": EDM, "vp": VPDiffusion}
+
+
+class EMA:
+    """A moving average of a module's weights; `module` is the averaged copy ([21] section 3.1).
+
+    average <- d average + (1 - d) weights, d = min(decay, (1 + k)/(10 + k)) at update k: it spans
+    the last tenth of the steps until `decay` takes over, so the random start is soon forgotten.
+    Lifts out with: nothing.
+    """
+
+    def __init__(self, module, decay=0.999):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module):
+        self.updates += 1
+        d = min(self.decay, (1 + self.updates) / (10 + self.updates))                # 10: see above
+        for average, weight in zip(self.module.state_dict().values(), module.state_dict().values()):
+            average.lerp_(weight, 1 - d)
+
+    def state_dict(self):
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.module.load_state_dict(state["module"])
+        self.updates = state["updates"]
+
+
+def save_checkpoint(path, **state):
+    """Write tensors, numbers, strings, lists and dicts; a crash leaves the old or the new file.
+
+    Raises OSError, the old file untouched, when it cannot be written. Lifts out with: nothing.
+    """
+    fresh = pathlib.Path(f"{path}.new")
+    try:
+        with open(fresh, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:     # torch may call a full disk a RuntimeError
+        fresh.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. Code in the file is refused, not run (weights_only).
+
+    ValueError if it is missing, no checkpoint, or of another format. Lifts out with: nothing.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert state.pop("format") == FORMAT
+    except Exception as error:                                  # a broken pickle may raise anything
+        raise ValueError(f"{path}: no checkpoint of format {FORMAT} ({type(error).__name__}); "
+                         "train first, name another run, or restore a copy") from None
+    return state
+
+
+class Interrupt:
+    """`with Interrupt() as stop`: Ctrl-C and SIGTERM set stop.asked. Lifts out with: nothing."""
+    asked, before = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():     # the others get no signals
+            self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, *_):
+        self.asked = True
+        self.__exit__()                                                     # a second one kills
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+def rank_and_world():
+    """(which process am I, of how many): (0, 1) without torchrun. Lifts out with: nothing."""
+    group = torch.distributed
+    several = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if several else (0, 1)
+
+
+def learning_rate(step, peak, warmup=100, settle=2000):
+    """peak min((step + 1)/warmup, 1, sqrt(settle/step)) ([21] eq. 67). Lifts out with: nothing."""
+    return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
+
+
+def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, generator,
+                  resume=False, settings=None, every=50, **parts):
+    """Train net on what advance(step) -> {name: scalar} backpropagates; returns the averaged net.
+
+    `path` gets all parts {name: object with state_dict}, the step, the settings and the generator's
+    state, each minute and at the end. Each `every` steps the scalars are read, for reading waits
+    for a GPU, and logged with report(means, averaged net) -> (more numbers, text to show). Raises
+    ValueError when one is not finite (`path` keeps the last good state), and KeyboardInterrupt,
+    after saving, on Ctrl-C. Lifts out with: EMA, Interrupt, Progress, learning_rate,
+    load_checkpoint, rank_and_world, save_checkpoint.
+    """
+    path, (rank, world) = pathlib.Path(path), rank_and_world()
+    optimiser, ema = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True), EMA(net)
+    parts |= {"net": net, "optimiser": optimiser, "ema": ema}
+    state = load_checkpoint(path) if resume and path.exists() else {"step": 0}
+    for name, part in parts.items() if state["step"] else ():
+        part.load_state_dict(state[name])
+    generator.set_state(state.get("generator", generator.get_state()))
+    unread, rows, log, saved = [], [], path.parent / "log.csv", time.monotonic()
+    progress = Progress(what, steps, "steps", state["step"])
+
+    def save(done):
+        save_checkpoint(path, step=done, complete=done == steps, settings=settings,
+                        generator=generator.get_state(),
+                        **{name: part.state_dict() for name, part in parts.items()})
+        header = "" if log.exists() else "phase,step,quantity,value\n"
+        with open(log, "a") as file:
+            file.write(header + "".join(rows))
+        rows.clear()
+
+    with Interrupt() as stop:
+        for step in range(state["step"], steps):
+            optimiser.param_groups[0]["lr"] = learning_rate(step, lr)
+            optimiser.zero_grad()
+            seen, done = advance(step), step + 1
+            seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+            optimiser.step()
+            ema.update(net)
+            unread.append({name: value.detach() for name, value in seen.items()})
+            asked = torch.tensor(float(stop.asked))          # on the CPU: no GPU is waited for
+            if world > 1:
+                torch.distributed.all_reduce(asked)                    # all ranks stop together
+            if done % every and done < steps and not asked:
+                continue
+            means = {k: np.mean([float(old[k]) for old in unread if k in old]) for k in seen}
+            if not all(map(math.isfinite, means.values())):
+                raise ValueError(f"{what}: the loss is not finite at step {done + 1 - len(unread)} "
+                                 f"to {done}; go on from the last checkpoint with --resume and a "
+                                 "smaller --lr or --precision fp32")
+            more, text = report(means, ema.module)
+            rows += [f"{what},{done},{k},{v:.6g}\n" for k, v in (means | more).items()]
+            unread.clear()
+            if rank == 0:
+                progress(done, text)
+            if rank == 0 and (done == steps or asked or time.monotonic() - saved > 60):   # seconds
+                save(done)
+                saved = time.monotonic()
+            if asked:
+                raise KeyboardInterrupt(f"{what}: {done:,} steps are saved; go on with --resume")
+    return ema.module
+
+
+def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size=4, lr=5e-4,
+                crop=8192, kl_weight=1e-3, adversarial_from=None, resume=False, settings=None):
+    """Train a SnakeVAE on random windows of `crop` samples; its averaged weights end in `codec`.
+
+    L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
+    go through the balancer, the KL beside it (seeds/004). The log shows each loss and its share.
+    Lifts out with: EMA, Interrupt, LossBalancer, Progress, STFTDiscriminator,
+    feature_matching_loss, hinge_discriminator_loss, hinge_generator_loss, kl_divergence,
+    learning_rate, load_checkpoint, rank_and_world, save_checkpoint, standard_normal, stft_loss,
+    training_loop.
+    """
+    generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
+    codec, judge = codec.to(device).train(), STFTDiscriminator().to(device)
+    judge_optimiser = torch.optim.AdamW(judge.parameters(), lr, betas=betas, fused=True)
+    balancer = LossBalancer({"l1": 1, "l2": 1, "stft": 4, "adversarial": 1, "features": 2})   # 004
+
+    def advance(step):
+        audio = recordings.crops(batch_size, crop, generator).to(device)                 # [B, T]
+        mean, log_variance = codec.posterior(audio)                                 # [B, C, L] each
+        noise = standard_normal(mean.shape, generator, device)
+        output = codec.decode(mean + torch.exp(log_variance / 2) * noise)[:, :crop]      # [B, T]
+        losses = {"l1": (output - audio).abs().mean(), "l2": (output - audio).square().mean(),
+                  "stft": stft_loss(output, audio)}
+        # A channel whose mean varies by less than 0.1 says nothing.
+        seen = {"kl": kl_divergence(mean, log_variance), "active": (mean.std((0, 2)) > 0.1).sum()}
+        if adversarial_from is not None and step >= adversarial_from:
+            # The judge learns from a detached copy: its step must not teach the codec anything.
+            seen["judge"] = hinge_discriminator_loss(judge(audio)[0], judge(output.detach())[0])
+            judge_optimiser.param_groups[0]["lr"] = learning_rate(step, lr)
+            judge_optimiser.zero_grad()
+            seen["judge"].backward()
+            judge_optimiser.step()
+            (logits, fake), (_, real) = judge(output), judge(audio)
+            losses |= {"adversarial": hinge_generator_loss(logits),
+                       "features": feature_matching_loss(real, fake)}
+        balancer.backward(losses, output, free={"kl": kl_weight * seen["kl"]})
+        return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
+
+    def report(means, _):
+        return {}, (f"l1 {means['l1']:.3f}, stft {means['stft']:.3f}, kl {means['kl']:.2f}, "
+                    f"{means['active']:.0f} of {codec.channels} channels active")
+
+    average = training_loop("codec", codec, advance, report, path, steps, lr, betas,
+                            10.0, generator, resume, settings,    # norms: 5 to 20, spikes 1,000
+                            judge=judge, judge_optimiser=judge_optimiser, balancer=balancer)
+    codec.load_state_dict(average.state_dict())
+
+
+def conditions(condition, labels, curves):
+    """What a network is given for "note", "control" or "none". Lifts out with: nothing."""
+    return {"note": {"labels": labels}, "control": {"controls": curves}, "none": {}}[condition]
+
+
+def drop_conditions(labels, curves, generator, p=0.1):
+    """Withhold conditions at random, so that every subset of them is learnt ([4] Algorithm 1).
+
+    labels [B, K], curves [B, n, L] or None: each slot and each curve of each item goes with
+    probability p on its own, and all of an item's with p once more. Lifts out with: nothing.
+    """
+    def kept(x):
+        drop = torch.rand(len(x), x.shape[1] + 1, generator=generator, device=x.device) < p
+        return ~(drop[:, 1:] | drop[:, :1])                                              # [B, K]
+
+    labels = torch.where(kept(labels), labels, -1)
+    if curves is not None:
+        curves = torch.where(kept(curves)[..., None], curves, math.nan)
+    return labels, curves
+
+
+def reference_losses(objective, x, noise, t):
+    """(zero, Gaussian): losses on x [B, C, L], noise, t [B] of two networks that learnt nothing.
+
+    The first answers 0. The second is the best there is for data N(0, I), where E[x_0 | x_t] and
+    E[noise | x_t] are alpha and sigma times x_t / (alpha^2 + sigma^2). A loss below it has found
+    structure. Lifts out with: expand.
+    """
+    t = expand(t, x)
+    alpha, sigma, target = objective.alpha(t), objective.sigma(t), objective.target(x, noise, t)
+    guess = objective.add_noise(x, noise, t) / (alpha ** 2 + sigma ** 2)
+    gaussian = objective.target(alpha * guess, sigma * guess, t)
+    return target.square().mean().item(), (target - gaussian).square().mean().item()
+
+
+def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr=1e-3,
+                    condition="none", precision="fp32", resume=False, settings=None, every=50):
+    """Train net on windows of `data` (a LatentDataset); returns the network of averaged weights.
+
+    condition: "note" (labels), "control" (curves) or "none". The held-out loss is of the averaged
+    weights, at the same noise and times each time, so that two of them can be compared.
+    Lifts out with: EMA, Interrupt, Progress, conditions, drop_conditions, expand, learning_rate,
+    load_checkpoint, rank_and_world, reference_losses, save_checkpoint, standard_normal,
+    training_loop.
+    """
+    device, (rank, world) = data.device, rank_and_world()
+    generator, fixed = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    held, labels, curves = data.held_out(slice(256))               # enough for two digits
+    held_noise = standard_normal(held.shape, fixed, device)
+    held_t = objective.sample_times(len(held), fixed).to(held)
+    held_cond = conditions(condition, labels, curves)
+    zero, gaussian = reference_losses(objective, held, held_noise, held_t)
+    cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+    def advance(_):
+        x, labels, curves = data.batch(batch_size, generator)                            # [B, C, L]
+        labels, curves = drop_conditions(labels, curves, generator)
+        t = objective.sample_times(batch_size, generator).to(x)                          # [B]
+        noise, mine = standard_normal(x.shape, generator, device), slice(rank, None, world)
+        cond = {k: v[mine] for k, v in conditions(condition, labels, curves).items()}
+        with cast:
+            loss = objective.loss_at(model, x[mine], noise[mine], t[mine], **cond)
+        loss.backward()
+        loss = loss.detach() / world
+        if world > 1:
+            torch.distributed.all_reduce(loss)
+        return {"loss": loss}
+
+    def report(means, average):
+        with torch.no_grad(), cast:
+            valid = objective.loss_at(average, held, held_noise, held_t, **held_cond).item()
+        return {"held out": valid, "zero network": zero, "ideal Gaussian": gaussian}, (
+            f"loss {means['loss']:.3f}, held out {valid:.3f} "
+            f"(zero network {zero:.3f}, ideal Gaussian {gaussian:.3f})")
+
+    # With gradients of norm 1 at most, a rare bad batch costs one step only.
+    return training_loop("diffusion", net, advance, report, path, steps, lr, (0.9, 0.99), 1.0,
+                         generator, resume, settings, every)
+
+
+def build_net(s):
+    """The network that a run's settings describe, with random weights.
+
+    Lifts out with: ResidualBlock, SelfAttention, TutorialUNet, UNet1d, time_embedding.
+    """
+    if s["net"] == "tutorial":
+        return TutorialUNet(s["channels"])
+    labels = (128, 128, len(s["sources"])) if s["condition"] == "note" else ()       # MIDI's ranges
+    return UNet1d(s["channels"], label_sizes=labels, controls=2 * (s["condition"] == "control"))
+
+
+def open_codec(path, settings, device):
+    """The finished codec of a run; ValueError when it is missing, unfinished, or another run's.
+
+    Lifts out with: Music2Latent, Recurrent, ResidualUnit, Snake, SnakeVAE, load_checkpoint.
+    """
+    if settings["codec"] == "music2latent":
+        return Music2Latent(settings["seed"], device)
+    state, rate = load_checkpoint(path), settings["sample_rate"]
+    if not state["complete"] or state["settings"]["sample_rate"] != rate:
+        raise ValueError(f"{path}: step {state['step']}, {state['settings']['sample_rate']} Hz; "
+                         f"expected a finished codec at {rate} Hz, go on with train --resume")
+    codec = SnakeVAE(rate)
+    codec.load_state_dict(state["ema"]["module"])
+    weights = b"".join(value.numpy().tobytes() for value in codec.state_dict().values())
+    codec.made_from = hashlib.sha256(weights).hexdigest()  # latents remember by what they were made
+    return codec.to(device).eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Listening and measuring: is it any good?
+# --------------------------------------------------------------------------------------------------
+# Three questions, and beside each figure the one that nothing can beat:
+#
+#     Is it what was asked?   share of notes within 50 cents of the pitch; the ceilings are the real
+#                             notes, and the real notes through the codec
+#     Is it like the data?    Frechet distance between latents of generated and of held-out notes;
+#                             the floor is the distance between two halves of the real ones
+#     Is it new?              distance to the nearest training note, over that of held-out notes:
+#                             far below 1 would be memory and not music
+#
+# The Frechet distance fits a Gaussian to each set. Moving one onto the other costs |m1 - m2|^2 for
+# the means, and in each direction (s1 - s2)^2 = s1^2 + s2^2 - 2 s1 s2 for the spreads; for matrices
+# that do not share their axes, s1 s2 becomes (C1^1/2 C2 C1^1/2)^1/2.
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of a [N, D], b [M, D] ([16] eq. 6).
+
+    A float, from float64 and eigenvalues of symmetric matrices: never negative. It falls with N, so
+    compare at equal N. Raises ValueError below two rows. Lifts out with: nothing.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
+    a, b = a.double().cpu(), b.double().cpu()
+    c1, c2 = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))          # [D, D]
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # rounding may leave -1e-17
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
+
+
+def generate(net, objective, shape, sampler="euler", steps=16, seed=0, times=None, eta=1.0,
+             init=None, init_noise=None, keep=None, noise=None, callback=None, device="cpu",
+             **cond):
+    """Sample standardised latents of `shape` [B, C, L]: noise, then a sampler of chapter 3.
+
+    Item i's noise comes from seed + i, on the CPU: the same in any batch and on any device. times
+    [steps + 1] are the objective's own unless given. init [B, C, L] starts from latents at noise
+    level init_noise: 0 gives them back, the largest ignores them, all steps run from there. keep
+    [L] bool holds those frames of init fixed while the rest grows around them. Gradients flow to a
+    `noise` that wants them, one step's activations at a time. ValueError: unknown sampler, noise
+    level out of range. Lifts out with: dpmpp_3m_sde, euler, heun, standard_normal.
+    """
+    if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
+        raise ValueError(f"unknown sampler {sampler!r}; expected euler, heun or dpmpp_3m_sde")
+    top = objective.t_max if init is None or init_noise is None else init_noise
+    if not 0 <= top <= objective.t_max:
+        raise ValueError(f"the noise level must lie between 0 and {objective.t_max}, got {top}")
+    if top == 0:
+        return init
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+    noise = standard_normal(shape, generators, device) if noise is None else noise
+    x = objective.start(noise) if top == objective.t_max else objective.add_noise(init, noise, top)
+    times = objective.times(steps, top) if times is None else times
+    frugal = lambda *args, **kwargs: checkpoint(net, *args, use_reentrant=False, **kwargs)
+    ask = frugal if noise.requires_grad else net
+
+    def denoise(x_t, t):
+        x_0 = objective.denoise(ask, x_t, t, **cond)
+        # For frames that are known, so is the answer: their x_t runs straight back to init.
+        return x_0 if keep is None else torch.where(keep, init, x_0)
+
+    def velocity(x_t, t):
+        if keep is None:
+            return objective.velocity(ask, x_t, t, **cond)
+        return objective.velocity_to(denoise(x_t, t), x_t, t)
+
+    with torch.set_grad_enabled(noise.requires_grad):
+        if sampler == "dpmpp_3m_sde":
+            return dpmpp_3m_sde(denoise, x, times, eta, objective.alpha, objective.sigma,
+                                generators, callback)
+        return (heun if sampler == "heun" else euler)(velocity, x, times, callback)
+
+
+class Run:
+    """A trained run, opened: settings, codec, objective, net (averaged weights), mean, std [C, 1].
+
+    Raises ValueError naming what is missing or does not fit. Lifts out with: the whole program.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device = pathlib.Path(folder), device
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder}: no such run; train first, or name another with --run")
+        state = load_checkpoint(self.folder / "model.pt")
+        self.settings = s = state["settings"]
+        self.codec = open_codec(self.folder / "codec.pt", s, device)
+        self.objective, self.net = OBJECTIVES[s["objective"]](), build_net(s)
+        try:
+            self.net.load_state_dict(state["ema"]["module"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"{folder}/model.pt does not fit its settings: {reason}") from None
+        self.net.to(device).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(s[k], device=device)[:, None] for k in ("mean", "std"))
+
+    def decode(self, latents, batch=16):
+        """Standardised latents [B, C, L] -> audio [B, T] on the CPU, a few at a time."""
+        return torch.cat([self.codec.decode(part * self.std + self.mean).float().cpu()
+                          for part in latents.split(batch)])
+
+    def conditions(self, labels, curves):
+        given = conditions(self.settings["condition"], labels, curves)
+        return {name: value.to(self.device) for name, value in given.items()}
+
+    def sampler(self, name=None, steps=None):
+        name = name or ("heun" if self.settings["objective"] == "edm" else "euler")
+        return name, steps or (9 if name == "heun" else 16)        # 2 * 9 - 1 evaluations, or 16
+
+
+def measure(audio, rate, hop, pitch=None, curves=None):
+    """level_db of audio [B, T], and how well it follows what was asked: a dict of means over B.
+
+    pitch [B], MIDI: pitch_accuracy, the share within 50 cents; unvoiced is wrong. curves [B, 2, L],
+    envelope and octaves from C4 every `hop` samples: followed, the correlation of the envelopes
+    and, of the frames that should be voiced, the share within 50 cents.
+    Lifts out with: envelope, note_pitch, pitch_track.
+    """
+    def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
+        return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
+
+    level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
+    figures = {"level_db": level.mean().item()}
+    if pitch is not None:
+        low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
+        found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
+        figures["pitch_accuracy"] = ((found - pitch).abs() < 0.5).float().mean().item()
+    if curves is not None:
+        (wanted, octave), L = curves.cpu().unbind(1), curves.shape[2]                    # [B, L]
+        both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
+        asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
+        close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
+        figures["followed"] = {"envelope_correlation": torch.corrcoef(both)[0, 1].item(),
+                               "voiced_within_50_cents": close.float().mean().item()}
+    return figures
+
+
+@torch.no_grad()
+def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0, 3.0)):
+    """Measure a Run on `count` sounds; print a table, write evaluation.json, return it as a dict.
+
+    Held-out sounds are halved into A and B of N <= count. Generated ones get B's conditions and are
+    compared with A; B against A is the floor: every Frechet distance has equal N. Its features are
+    each channel's mean and deviation over a sound. Time, nfe and nearest_ratio are of the first
+    scale. Lifts out with: the whole program.
+    """
+    s, codec, clock = run.settings, run.codec, time.perf_counter
+    data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device)
+    N = min(count, len(data.valid) // 2)
+    if N < 2:
+        raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 recordings that are held "
+                         f"out, got {count} and {len(data.valid)}")
+    pick = torch.linspace(0, len(data.valid) - 1, 2 * N).round().long().to(run.device)
+    A, (B, labels, curves) = data.held_out(pick[0::2])[0], data.held_out(pick[1::2])
+    cond, (name, steps) = run.conditions(labels, curves), run.sampler(sampler, steps)
+    pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
+    features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame only
+    result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
+              "pitch_accuracy_real": None, "level_db": {}, "followed": {}, "frechet": {},
+              "frechet_floor": frechet_distance(features(A), features(B))}
+
+    def row(title, key, audio, distance, pitch):
+        figures = measure(audio, codec.sample_rate, codec.hop, pitch, curves)
+        for figure, value in figures.items():
+            result[figure][key] = value
+        tune, more = figures.get("pitch_accuracy"), figures.get("followed", {})
+        print(f"{title:24}{'-' if tune is None else f'{tune:.3f}':>9}{distance:9.3f}"
+              f"{figures['level_db']:10.1f}", *(f" {k} {v:.3f}" for k, v in more.items()))
+
+    print(f"{run.folder}: N = {N}, {name} with {steps} steps, seed {seed}\n"
+          f"{'':24}{'in tune':>9}{'Frechet':>9}{'level dB':>10}")
+    if pitch is not None:
+        real = torch.tensor([data.pitch[i] or math.nan for i in data.valid[pick[1::2]].tolist()])
+        result["pitch_accuracy_real"] = ((real - pitch).abs() < 0.5).float().mean().item()
+        print(f"{'real':24}{result['pitch_accuracy_real']:9.3f}")
+    row("real, codec (the floor)", "codec", run.decode(B), result["frechet_floor"], pitch)
+    result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
+    calls, free = [], lambda x, t, **_: calls.append(t) or x       # a network that costs nothing
+    some = data.train[::len(data.train) // 5000 + 1]               # at most 5000, evenly spread
+    train = data.window(some, 0 * some)[0].flatten(1)
+    near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
+    run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
+    for w in scales if cond else scales[:1]:
+        draw = lambda net: generate(GuidedNet(net, w), run.objective, B.shape, name, steps, seed,
+                                    device=run.device, **cond).cpu()           # waits for a GPU
+        began, x, drawn = clock(), draw(run.net).to(run.device), clock()       # in this order
+        audio, ended, key = run.decode(x), clock(), f"{w:g}"
+        if w == scales[0]:
+            draw(free)
+            result |= {"nfe": len(calls), "seconds_per_item": (ended - began) / N,
+                       "network_share": 1 - (clock() - ended) / (drawn - began),
+                       "nearest_ratio": near(x) / near(B)}
+        result["frechet"][key] = frechet_distance(features(x), features(A))
+        row(f"generated, w = {key}", key, audio, result["frechet"][key], pitch if cond else None)
+    print("nearest training sound: {nearest_ratio:.2f} of a held-out one's distance; {nfe} calls, "
+          "{seconds_per_item:.3f} s a sound, {network_share:.1%} in the network".format(**result))
+    write_json(run.folder / "evaluation.json", result)
+    return result
+
+
+def spectrogram(audio, size=1024, rows=128):
+    """A grey PNG of audio [T], as a data URI: time rightwards, pitch upwards, black is loud.
+
+    Lifts out with: nothing.
+    """
+    S = torch.stft(audio, size, hop_length=size // 4, window=torch.hann_window(size),
+                   pad_mode="constant", return_complex=True).abs()[1:rows + 1].flip(0)   # [f, l]
+    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
+    grey = F.pad((decibels / -80 * 255).byte(), (1, 0))            # 255: white; a 0 opens each row
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
+                                + struct.pack(">I", zlib.crc32(kind + body)))
+    head = struct.pack(">IIBBBBB", S.shape[1], S.shape[0], 8, 0, 0, 0, 0)      # 8 bits, grey
+    data = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+            + chunk(b"IDAT", zlib.compress(grey.numpy().tobytes())) + chunk(b"IEND", b""))
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>
+body {{ font: 1rem/1.5 system-ui, sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
+audio, img {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 8rem }}</style>
+<h1>{title}</h1><p>{count} sounds and their spectrograms: time runs to the right, pitch upwards,
+dark is loud.</p><main>{figures}</main></html>
+"""
+
+
+def write_page(folder, title):
+    """Write folder/index.html, self-contained: a player and a picture of each wav in the folder.
+
+    folder/sounds.json says {file: words}, a file that cannot be read is left out, and all text is
+    escaped: names are not to be trusted. Lifts out with: spectrogram.
+    """
+    folder, figures = pathlib.Path(folder), []
+    for file, words in json.loads((folder / "sounds.json").read_text()).items():
+        try:
+            audio = soundfile.read(folder / file, dtype="float32", always_2d=True)[0].mean(axis=1)
+        except RuntimeError:                                       # deleted since, or spoilt
+            continue
+        sound = base64.b64encode((folder / file).read_bytes()).decode()
+        picture, name = spectrogram(torch.from_numpy(audio)), html.escape(pathlib.Path(file).stem)
+        figures.append(f'<figure><figcaption><b>{name}</b><br>{html.escape(words)}</figcaption>'
+                       f'<audio controls src="data:audio/wav;base64,{sound}"></audio>'
+                       f'<img alt="spectrogram of {name}" src="{picture}"></figure>')
+    page = PAGE.format(title=html.escape(title), count=len(figures), figures="\n".join(figures))
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def write_sounds(run, folder, audio, names, labels, text):
+    """Write audio [B, T] as wav files and their page; print how loud and how well in tune each is.
+
+    Lifts out with: the whole program.
+    """
+    listed, rate = folder / "sounds.json", run.codec.sample_rate
+    folder.mkdir(parents=True, exist_ok=True)
+    words = json.loads(listed.read_text()) if listed.exists() else {}
+    for sound, name, label in zip(audio, names, labels.tolist()):
+        path, peak = folder / f"{name}.wav", save_audio(str(folder / f"{name}.wav"), sound, rate)
+        track = pitch_track(sound[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
+        found = note_pitch(track).item()
+        said = "no pitch heard" if math.isnan(found) else f"pitch {found:.2f}"
+        if label[0] >= 0 and not math.isnan(found):
+            said += f" for {label[0]}, {100 * (found - label[0]):+.0f} cents"  # 100 to a semitone
+        words[path.name] = f"{text}; {said}; peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)
+        print(f"{path}: {words[path.name]}")
+    write_json(listed, words)
+    write_page(folder, f"minidiff: {run.folder.name}")
+    print(f"listen to them at {folder / 'index.html'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. The command line: python minidiff.py --help
+# --------------------------------------------------------------------------------------------------
+# Each option stands here once: its name, who takes it (Codec, Train, Sample, Evaluate), its default
+# ("-" if that depends), its values, what it is. 0..127 are whole numbers, 0.0..1.0 any between, and
+# x2 says that two are wanted, + that there may be more. A run's settings travel in its checkpoints,
+# so `sample` and `evaluate` need no option to match the training.
+COMMANDS = {"codec": "train the Snake VAE alone",
+            "train": "train a codec if there is none, then a diffusion model; ends with sounds",
+            "sample": "make sounds with a trained run", "evaluate": "measure a trained run"}
+OPTIONS = """
+--data             ct   plucks TEXT                    plucks, melodies, nsynth (335 MB), a folder
+--seconds          cts  -      0.05..3600.0            length, s (the longest recording's, at most
+                                                       8; sample: the run's)
+--run              ctse -      PATH                    folder of the run (runs/ and the data's name)
+--codec            t    auto   auto|vae|music2latent   auto: vae for built-in data, else the other
+--net              t    unet   unet|tutorial           the network, chapter 4
+--objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
+--condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
+--steps            tse  -      1..                     train: diffusion steps (600); else sampling
+                                                       steps (16; heun 9)
+--codec-steps      ct   1600   1..                     steps of the Snake VAE
+--batch-size       t    64     1..                     sounds in a diffusion step
+--lr               t    0.001  0.0..                   highest learning rate of the diffusion model
+--adversarial-from ct   -      0..                     codec step when its discriminator joins
+                                                       (never)
+--precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
+--resume           ct   -      FLAG                    go on where the run was stopped
+--device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
+--seed             ctse 0      0..                     of all that is random; sound i has seed + i
+--count            se   -      1..                     sample: sounds for each pitch (1); evaluate:
+                                                       sounds to measure (185)
+--pitch            s    -      0..127+                 MIDI pitches (left open)
+--velocity         s    -      0..127                  MIDI velocity (left open)
+--source           s    -      TEXT                    such as guitar_acoustic (left open)
+--sampler          se   -      euler|heun|dpmpp_3m_sde chapter 3 (euler; heun for EDM)
+--eta              s    1.0    0.0..                   fresh noise of dpmpp_3m_sde: 0 is none
+--cfg              s    2.0    -1e3..1e3               guidance scale w: 1 is none, 0 unconditional
+--rescale          s    0.0    0.0..1.0                give back the loudness that guidance adds
+--cfg-interval     s    -      0.0..x2                 guide only between these times t (always)
+--negative-pitch   s    -      0..127                  MIDI pitch to move away from (none)
+--init-audio       s    -      PATH                    sound file to start from (noise)
+--init-noise       s    -      0.0..                   its noise level t: 0 gives it back, the
+                                                       largest ignores it (the largest)
+--keep             s    -      0.0..x2                 start and end of what to keep of it, s (none)
+--out              s    -      PATH                    folder for the sounds (samples in the run)
+"""
+
+
+def option_kind(word):
+    """What argparse wants to know of a word in the fourth column. Lifts out with: nothing."""
+    if ".." not in word:
+        kinds = {"TEXT": {}, "PATH": {"type": pathlib.Path}, "FLAG": {"action": "store_true"}}
+        return kinds.get(word) or ({"choices": word.split("|")} if "|" in word else {})
+    span, several, _ = re.split(r"(\+|x2|$)", word, maxsplit=1)
+    low, high = span.split("..")
+    kind = float if re.search("[.e]", low) else int
+
+    def number(text):
+        try:
+            # No limit is 2^62: all that a seed can take, and less than infinity; NaN fails too.
+            if kind(low) <= (value := kind(text)) <= kind(high or 2 ** 62):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {span} ({kind.__name__}), got {text!r}")
+
+    return {"type": number, "metavar": span, "nargs": {"+": "+", "x2": 2}.get(several)}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the option you may have meant. Lifts out with: nothing."""
+
+    def error(self, message):
+        unknown = re.search(r"(?:arguments: |command: invalid choice: ')([\w-]+)", message)
+        names = [*COMMANDS, *re.findall(r"--\S+", OPTIONS)]
+        near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near and near[0] != unknown[1] else ""
+        self.exit(2, f"minidiff: {message}{hint} (see {self.prog} --help)\n")
+
+
+def parse(argv):
+    """(options, names of those given); exits with status 2 on a mistake.
+
+    Lifts out with: Parser, option_kind.
+    """
+    top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
+    commands = top.add_subparsers(dest="command", required=True)
+    subs = [commands.add_parser(name, help=h, description=h) for name, h in COMMANDS.items()]
+    for row in re.findall("--.*(?:\n +.*)*", OPTIONS):
+        name, users, default, word, text = row.split(maxsplit=4)
+        kind = option_kind(word)
+        defaults[name[2:].replace("-", "_")] = (
+            None if default == "-" else kind.get("type", str)(default))
+        text += "" if default == "-" else f" (default {default})"
+        for sub, command in zip(subs, COMMANDS):
+            if command[0] in users:
+                sub.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
+    given = vars(top.parse_args(argv))
+    return argparse.Namespace(**defaults | given), set(given)
+
+
+def pick_device(name):
+    """The device of that name; auto: the GPU, if any; or ValueError. Lifts out with: nothing."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"           # torchrun numbers the GPUs
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def run_settings(options, given):
+    """The settings of a run: those in its checkpoints if it has any, else the options.
+
+    Raises ValueError when a run would be overwritten, or an option contradicts it.
+    Lifts out with: load_checkpoint.
+    """
+    kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed")
+    for file in ("codec.pt", "model.pt"):
+        path = options.run / file
+        state = load_checkpoint(path) if path.exists() else {"settings": {}, "complete": True}
+        kept |= state["settings"]
+        reusable = file == "codec.pt" and options.command == "train" and state["complete"]
+        if path.exists() and not options.resume and not reusable:
+            raise ValueError(f"{options.run} holds a run already ({file}, step {state['step']:,}): "
+                             "go on with --resume, choose another --run, or delete it")
+    for name in sorted(given & set(names) & set(kept)):
+        if getattr(options, name) not in (kept[name], "auto"):
+            raise ValueError(f"{options.run} was made with --{name} {kept[name]}, got "
+                             f"{getattr(options, name)}: leave it out, or choose another --run")
+    fresh = {name: getattr(options, name) for name in names}
+    if fresh["codec"] == "auto":
+        fresh["codec"] = "vae" if fresh["data"] in ("plucks", "melodies") else "music2latent"
+    return fresh | kept
+
+
+def open_data(settings, run):
+    """The sounds of a run; says which files are unusable. Lifts out with: the whole program."""
+    music2latent = settings["codec"] == "music2latent"
+    rate = Music2Latent.sample_rate if music2latent else settings.get("sample_rate")
+    given = {k: v for k, v in (("seconds", settings["seconds"]), ("sample_rate", rate)) if v}
+    if settings["data"] in ("plucks", "melodies"):
+        source = {"plucks": Plucks, "melodies": Melodies}[settings["data"]]
+        return source(seed=settings["seed"], **given)
+    root = download_nsynth() if settings["data"] == "nsynth" else settings["data"]
+    recordings = AudioFolder(root, seed=settings["seed"], known=run / "files.json", **given)
+    for name, reason in recordings.unusable.items():
+        print(f"unusable: {name!r} {reason}", file=sys.stderr)
+    used, unusable = len(recordings), len(recordings.unusable)
+    print(f"{used} recordings used, {unusable} unusable", file=sys.stderr)
+    return recordings
+
+
+def choose_condition(settings, recordings):
+    """The condition asked for; for auto, the richest there is. ValueError if it cannot be had.
+
+    Lifts out with: nothing.
+    """
+    asked, tutorial = settings["condition"], settings["net"] == "tutorial"
+    labelled = bool((recordings.labels[:, 0] >= 0).any())
+    why = ("the tutorial's network takes no conditions" if tutorial else
+           "the file names hold no labels (guitar_acoustic_004-071-025.wav would)")
+    best = ("none" if tutorial else "control" if settings["data"] == "melodies" else
+            "note" if labelled else "none")
+    if asked == "note" and not labelled or tutorial and asked not in ("auto", "none"):
+        raise ValueError(f"--condition {asked}: {why}; use --condition {best}")
+    if asked == "auto" and best == "none":
+        print(f"--condition none: {why}")
+    return best if asked == "auto" else asked
+
+
+def prepare_codec(options, settings, recordings, device):
+    """The run's codec, a VAE trained first where it must be. Lifts out with: the whole program."""
+    path, rate = options.run / "codec.pt", recordings.sample_rate
+    settings["sample_rate"] = rate
+    options.run.mkdir(parents=True, exist_ok=True)
+    # A model knows the latents of its codec alone: once there is one, the codec stays as it is.
+    fixed = options.command == "train" or (options.run / "model.pt").exists()
+    finished = path.exists() and load_checkpoint(path)["complete"]
+    if settings["codec"] == "vae" and not (fixed and finished):
+        torch.manual_seed(settings["seed"])
+        codec = SnakeVAE(rate)
+        print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
+              f"{int((~recordings.valid).sum())} recordings at {rate} Hz, on {device}")
+        kept = {k: settings[k] for k in ("data", "codec", "seconds", "seed", "sample_rate")}
+        train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
+                    adversarial_from=options.adversarial_from, resume=options.resume, settings=kept)
+    codec = open_codec(path, settings, device)
+    frames = codec.frames(round(recordings.seconds * rate))
+    settings |= {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
+                 "seconds": recordings.seconds}
+    return codec
+
+
+def meet(device):
+    """Join the other processes of torchrun, if any; waits for them. Lifts out with: nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        half_hour = torch.distributed.constants.default_pg_timeout
+        torch.distributed.init_process_group(backend, timeout=48 * half_hour)    # one day
+
+
+def command_train(options, given, device):
+    """codec, train: codec, latents, diffusion model, sounds. Lifts out with: the whole program."""
+    rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if options.batch_size % world:
+        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {world} processes")
+    if rank > 0:
+        meet(device)                    # rank 0 comes when all is made that the others will find
+    settings = run_settings(options, given)
+    recordings = open_data(settings, options.run)
+    if options.command == "train":
+        settings["condition"] = choose_condition(settings, recordings)
+    codec = prepare_codec(options, settings, recordings, device)
+    if options.command == "codec":
+        return
+    latents, seed = options.run / "latents", settings["seed"]
+    encode_recordings(codec, recordings, latents, settings["condition"] == "control", device)
+    if rank == 0:
+        meet(device)
+    data = LatentDataset(latents, settings["frames"], codec.channels, device)
+    settings |= {"mean": data.mean.tolist(), "std": data.std.tolist()}
+    torch.manual_seed(seed)
+    net = build_net(settings).to(device)
+    print(f"diffusion: {sum(p.numel() for p in net.parameters()):,} parameters, {len(data.train)} "
+          f"recordings to train on, {len(data.valid)} held out, on {device}")
+    able = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
+    train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 600,  # default
+                    options.run / "model.pt", seed, options.batch_size, options.lr,
+                    settings["condition"], precision, options.resume, settings)
+    if rank == 0:
+        run, (real, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # 4 sounds
+        x = generate(GuidedNet(run.net, options.cfg), run.objective, real.shape, *run.sampler(),
+                     seed, device=device, **run.conditions(labels, curves))
+        for title, latents, text in (("codec", real, "a held-out sound through the codec"),
+                                     ("generated", x, "generated")):
+            names = [f"{title}_{i}" for i in range(len(real))]
+            write_sounds(run, options.run / "samples", run.decode(latents), names, labels, text)
+
+
+def command_sample(options, given, device):
+    """sample: sounds from a trained run. Lifts out with: the whole program."""
+    run = Run(options.run, device)
+    s, codec, sources = run.settings, run.codec, [None, *run.settings["sources"]]
+    asked = sorted(given & {"pitch", "velocity", "source", "negative_pitch"})
+    if asked and s["condition"] != "note":
+        raise ValueError(f"{options.run} was trained with --condition {s['condition']}: "
+                         f"it takes no --{asked[0].replace('_', '-')}")
+    if options.source not in sources:
+        raise ValueError(f"--source {options.source}: {options.run} knows {', '.join(sources[1:])}")
+    if options.init_audio is None and given & {"init_noise", "keep"}:
+        raise ValueError("--init-noise and --keep need --init-audio, the file that they speak of")
+    velocity = -1 if options.velocity is None else options.velocity
+    source = sources.index(options.source) - 1                           # None becomes -1
+    labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
+                           for _ in range(options.count or 1)])                   # [B, K]
+    frames, init, keep, negative, interval = s["frames"], None, None, None, options.cfg_interval
+    if options.seconds:
+        frames = codec.frames(round(options.seconds * codec.sample_rate))
+    if options.init_audio:
+        audio = load_audio(options.init_audio, codec.sample_rate)[None].to(device)       # [1, T]
+        init = ((codec.encode(audio) - run.mean) / run.std).expand(len(labels), -1, -1)  # [B, C, L]
+        frames = init.shape[2]
+    if options.keep:
+        second = torch.arange(frames, device=device) * codec.hop / codec.sample_rate
+        keep = (second >= options.keep[0]) & (second < options.keep[1])                  # [L]
+    if options.negative_pitch is not None:
+        away = torch.tensor([[options.negative_pitch, -1, -1]], device=device)
+        negative = {"labels": away.expand(len(labels), -1)}
+    if interval and s["objective"] == "edm":
+        # The network sees ln(t)/4 and not t.
+        interval = [math.log(max(t, 1e-9)) / 4 for t in interval]
+    net = GuidedNet(run.net, options.cfg, options.rescale, interval, negative)
+    name, steps = run.sampler(options.sampler, options.steps)
+    open_curves = torch.full((len(labels), 2, frames), math.nan)
+    x = generate(net, run.objective, (len(labels), s["channels"], frames), name, steps,
+                 options.seed, eta=options.eta, init=init, init_noise=options.init_noise,
+                 keep=keep, device=device, **run.conditions(labels, open_curves))
+    names = [f"sample_{options.seed + i}" + (f"_pitch_{p}" if p >= 0 else "")
+             for i, p in enumerate(labels[:, 0].tolist())]
+    write_sounds(run, options.out or run.folder / "samples", run.decode(x), names, labels,
+                 f"w = {options.cfg:g}, {name} {steps}")
+
+
+def main(argv=None):
+    """Run a command: 0, 2 for a mistake, 130 if interrupted. Lifts out with: the whole program."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print("Start here:  python minidiff.py train     (strings; ten minutes on two CPU cores)\n"
+              "Then:        python minidiff.py sample --run runs/plucks --pitch 60 64 67\n"
+              "All of it:   python minidiff.py --help")
+        return 0
+    options, given = parse(argv)
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")                         # rank 0 speaks for all of them
+    try:
+        device = pick_device(options.device)
+        data = os.path.basename(os.path.abspath(options.data))
+        options.run = options.run or pathlib.Path("runs") / data
+        if options.command == "evaluate":
+            evaluate(Run(options.run, device), options.count or 185, options.seed,    # the default
+                     options.sampler, options.steps)
+        elif options.command == "sample":
+            command_sample(options, given, device)
+        else:
+            if options.command == "codec":
+                options.codec, given = "vae", given | {"codec"}
+            command_train(options, given, device)
+    except KeyboardInterrupt as stopped:
+        print(f"\nminidiff: interrupted. {stopped}", file=sys.stderr)
+        return 130                                                 # the shell's 128 + SIGINT
+    except (ValueError, OSError) as error:
+        print(f"minidiff: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if rank_and_world()[1] > 1:
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    if "RANK" not in os.environ:                                 # torchrun has its own way to end
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
