@@ -1,0 +1,1055 @@
+"""The proof of minidiff.py, in the order of its chapters: each test states a number and where it comes from.
+
+Most of the mathematics is tested on Gaussian data x_0 ~ N(mu, s^2), where everything is known: the best
+denoiser is D = (alpha s^2 x_t + sigma^2 mu) / (alpha^2 s^2 + sigma^2), and the flow's exact path is
+x(t) = alpha mu + sqrt(alpha^2 s^2 + sigma^2) z with one z for all t.
+"""
+import ast
+import csv
+import functools
+import http.server
+import importlib
+import json
+import math
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import minidiff as m
+
+HERE = pathlib.Path(m.__file__).parent
+SOURCE = (HERE / "minidiff.py").read_text()
+TREE = ast.parse(SOURCE)
+DEFINITIONS = {n.name: n for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+PROCESSES = [m.RectifiedFlow(), m.VPDiffusion(), m.EDM()]
+each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian_denoiser(process, mu=0.0, s=1.0):
+    def denoise(x, t):
+        t = m.expand(t, x)
+        a, b = process.alpha(t), process.sigma(t)
+        return (a * s ** 2 * x + b ** 2 * mu) / (a ** 2 * s ** 2 + b ** 2)
+    return denoise
+
+
+def gaussian_net(process, mu=0.0, s=1.0):
+    """The network that answers like the ideal denoiser, solved for its output by hand for each process."""
+    def net(x, t, **_):
+        if isinstance(process, m.EDM):
+            t = (4 * t).exp()                                       # it is shown ln(sigma)/4 and c_in x
+            x = x * (m.expand(t, x) ** 2 + 1).sqrt()
+        D = gaussian_denoiser(process, mu, s)(x, t)
+        t = m.expand(t, x)
+        a, b = process.alpha(t), process.sigma(t)
+        if isinstance(process, m.EDM):
+            return (D - x / (t ** 2 + 1)) * (t ** 2 + 1).sqrt() / t
+        noise = (x - a * D) / b
+        return D - noise if isinstance(process, m.RectifiedFlow) else a * noise - b * D
+    return net
+
+
+def exact_path(process, z, t, mu=0.0, s=1.0):
+    t = torch.tensor(float(t), dtype=z.dtype)
+    return process.alpha(t) * mu + (process.alpha(t) ** 2 * s ** 2 + process.sigma(t) ** 2).sqrt() * z
+
+
+# ---- 1. Noising and objectives ----
+
+@each_process
+def test_denoise_recovers_x_0_from_the_true_answer(process):
+    """A network that answers the training target exactly must give x_0 back, at every t."""
+    x, noise = torch.randn(2, 5, 3, 7, generator=seeded(), dtype=torch.float64)
+    t = torch.tensor([0.01, 0.2, 0.5, 0.9, 0.99], dtype=torch.float64)
+    x_t = process.add_noise(x, noise, t)
+    answer = lambda *_: process.target(x, noise, m.expand(t, x))
+    assert torch.allclose(process.denoise(answer, x_t, t), x, atol=1e-9)
+    assert torch.allclose(process.add_noise(x, noise, 0.5), process.add_noise(x, noise, torch.full((5,), 0.5)))
+
+
+@each_process
+def test_velocity_is_the_derivative_of_the_exact_path(process):
+    """d/dt (alpha mu + sqrt(alpha^2 s^2 + sigma^2) z) by central differences, mu = 1.5, s = 0.7."""
+    z, h = torch.randn(4, 1, 3, generator=seeded(), dtype=torch.float64), 1e-6
+    for t in (0.1, 0.4, 0.8):
+        x = exact_path(process, z, t, 1.5, 0.7)
+        slope = (exact_path(process, z, t + h, 1.5, 0.7) - exact_path(process, z, t - h, 1.5, 0.7)) / (2 * h)
+        times = torch.full((4,), t, dtype=torch.float64)
+        assert torch.allclose(process.velocity(gaussian_net(process, 1.5, 0.7), x, times), slope, atol=1e-6)
+        D = gaussian_denoiser(process, 1.5, 0.7)(x, times)
+        assert torch.allclose(process.velocity_to(D, x, times), slope, atol=1e-6)
+
+
+@each_process
+def test_loss_of_zero_and_ideal_network(process):
+    """Zero network: 2 (rectified flow: 1 + 1), 1, 1. Ideal on N(0, 1): 1.741264 (FACTS), 1, 1."""
+    x = torch.randn(40_000, 1, 4, generator=seeded())
+    zero = process.loss(lambda x, t: 0 * x, x, seeded(1)).item()
+    ideal = process.loss(gaussian_net(process), x, seeded(1)).item()
+    flow = isinstance(process, m.RectifiedFlow)
+    assert zero == pytest.approx(2 if flow else 1, abs=0.02)
+    assert ideal == pytest.approx(1.741264 if flow else 1, abs=0.02)
+    per_item = process.loss(lambda x, t: 0 * x, x, seeded(1), reduce=False)
+    assert per_item.shape == (40_000,) and per_item.mean().item() == pytest.approx(zero, rel=1e-5)
+    t, noise = process.sample_times(40_000, seeded(2)), torch.randn(x.shape, generator=seeded(3))
+    assert m.reference_losses(process, x, noise, t) == pytest.approx((zero, ideal), abs=0.03)
+
+
+def test_edm_preconditioning():
+    """FACTS, sigma_data = 0.5: c_skip, c_out, c_in, c_noise; the weight 1/c_out^2 is 8, 5, 4.00015625."""
+    edm = m.EDM(sigma_data=0.5)
+    expected = {0.5: (0.5, 0.35355339, 1.41421356, -0.17328680), 1.0: (0.2, 0.44721360, 0.89442719, 0),
+                80.0: (3.90610e-5, 0.49999023, 0.01249976, 1.09550666),
+                0.002: (0.99998400, 0.00199998, 1.99998400, -1.55365202)}
+    for sigma, row in expected.items():
+        got = [c.item() for c in edm.preconditioning(torch.tensor(sigma, dtype=torch.float64))]
+        assert got == pytest.approx(row, rel=3e-6, abs=1e-9)
+    weights = [edm.preconditioning(torch.tensor(s))[1].item() ** -2 for s in (0.5, 1.0, 80.0)]
+    assert weights == pytest.approx([8, 5, 4.00015625], rel=1e-5)
+
+
+def test_training_times():
+    """EDM quantiles 5/25/50/75/95 % of FACTS; logit-normal: std 0.20828, P(0.3 < t < 0.7) = 0.60317."""
+    sigma = m.EDM().sample_times(400_000, seeded())
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    assert sigma.quantile(levels).tolist() == pytest.approx([0.04184, 0.13407, 0.30119, 0.67664, 2.16804], rel=0.02)
+    t = m.RectifiedFlow().sample_times(400_000, seeded())
+    assert t.std().item() == pytest.approx(0.20828, abs=1e-3)
+    assert ((t > 0.3) & (t < 0.7)).float().mean().item() == pytest.approx(0.60317, abs=3e-3)
+    u = m.VPDiffusion().sample_times(400_000, seeded())
+    assert u.quantile(levels).tolist() == pytest.approx(levels.tolist(), abs=5e-3)
+
+
+def test_time_grids():
+    """EDM's 18 sigmas and Stable Audio's 8, as published (FACTS); every grid ends with 0."""
+    edm = [80, 57.585985, 40.785574, 28.374585, 19.352453, 12.910082, 8.400935, 5.315195, 3.256822, 1.923340,
+           1.088171, 0.585348, 0.296442, 0.139516, 0.059947, 0.022935, 0.007528, 0.002, 0]
+    assert m.EDM().times(18).tolist() == pytest.approx(edm, rel=1e-4)
+    stable = [500, 173.263, 60.0402, 20.8055, 7.2096, 2.4983, 0.8657, 0.3, 0]
+    assert m.polyexponential_times(8, 0.3, 500).tolist() == pytest.approx(stable, rel=1e-4)
+    assert m.linear_times(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert m.karras_times(3, 1.0, 9.0, rho=1.0).tolist() == pytest.approx([9, 5, 1, 0])
+    assert m.karras_times(1, 0.1, 7.0).tolist() == pytest.approx([7, 0]) and m.karras_times(3, 1, 2).dtype == torch.float64
+    for bad in (lambda: m.linear_times(0), lambda: m.karras_times(4, 0, 1), lambda: m.polyexponential_times(4, 2, 1)):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_vp_schedule_is_the_lectures():
+    """seeds/003: sigma(t) = sin(pi/2 (t + s)/(1 + s)), alpha = sqrt(1 - sigma^2); alpha(1) is exactly 0."""
+    t, vp = torch.linspace(0, 1, 11, dtype=torch.float64), m.VPDiffusion(s=0.008)
+    sigma = torch.sin((t + 0.008) / 1.008 * math.pi / 2)
+    assert torch.allclose(vp.sigma(t), sigma) and torch.allclose(vp.alpha(t), (1 - sigma ** 2).clamp(0).sqrt())
+    assert vp.alpha(torch.ones(1)).item() == 0
+
+
+def test_one_denoiser_serves_all():
+    """Divide x_t by alpha and it is EDM's at sigma / alpha: three processes, one sample from one noise."""
+    noise, edm, flow = torch.randn(6, 1, 2, generator=seeded(), dtype=torch.float64), PROCESSES[2], PROCESSES[0]
+    D = gaussian_denoiser(edm, 1.0, 0.5)
+    times = m.karras_times(400, 0.002, 80)
+    x_edm = m.heun(lambda x, t: edm.velocity_to(D(x, t), x, t), noise * 80, times)
+    t_flow = times / (1 + times)                                    # FACTS: sigma = t / (1 - t)
+    as_flow = lambda x, t: D(x / m.expand(1 - t, x), t / (1 - t))
+    x_flow = m.heun(lambda x, t: flow.velocity_to(as_flow(x, t), x, t), noise * 80 / 81, t_flow)
+    assert torch.allclose(x_edm, x_flow, atol=1e-4)
+    vp = m.VPDiffusion(s=0.0)
+    as_vp = lambda x, t: D(x / m.expand(vp.alpha(t), x), vp.sigma(t) / vp.alpha(t))
+    x_vp = m.heun(lambda x, t: vp.velocity_to(as_vp(x, t), x, t), noise * 80 / math.hypot(80, 1),
+                  torch.atan(times) * 2 / math.pi)
+    assert torch.allclose(x_edm, x_vp, atol=1e-4)
+
+
+# ---- 2. Guidance ----
+
+def test_guide():
+    """u + w (c - u) with c = 3, u = 1: w = 0, 1, 2.5 give 1, 3, 6; rescale 1 gives c's deviation back."""
+    c, u = torch.full((1, 2), 3.0), torch.full((1, 2), 1.0)
+    assert [m.guide(c, u, w)[0, 0].item() for w in (0, 1, 2.5)] == [1, 3, 6]
+    c, u = torch.randn(2, 3, 4, 50, generator=seeded())
+    assert torch.allclose(m.guide(c, u, 5.0, rescale=1.0).std((1, 2)), c.std((1, 2)), rtol=1e-5)
+    half = (m.guide(c, u, 5.0) + m.guide(c, u, 5.0, rescale=1.0)) / 2
+    assert torch.allclose(m.guide(c, u, 5.0, rescale=0.5), half, atol=1e-5)
+    assert m.guide(torch.ones(1, 4), torch.ones(1, 4), 2.0, 1.0).isfinite().all()
+
+
+def test_guided_net():
+    """c = x + label, u = x - 1: 2 passes' worth of rows for w = 3, one for w = 1 and w = 0."""
+    rows = []
+
+    def net(x, t, labels=None, controls=None):
+        rows.append(len(x))
+        return x + (0 if labels is None else labels[:, :1, None].float())
+    x, t, labels = torch.zeros(2, 1, 3), torch.full((2,), 0.5), torch.tensor([[5], [7]])
+    run = lambda *a, **k: m.GuidedNet(net, *a, **k)(x, t, labels=labels)[:, 0, 0].tolist()
+    assert run(3.0) == [-1 + 3 * 6, -1 + 3 * 8] and run(1.0) == [5, 7] and run(0.0) == [-1, -1]
+    assert rows == [4, 2, 2]
+    assert run(3.0, interval=(0.6, 1.0)) == [5, 7] and run(3.0, interval=(0.4, 0.6)) == [17, 23]
+    assert run(2.0, negative={"labels": torch.tensor([[4], [4]])}) == [6, 10]
+    assert torch.equal(m.GuidedNet(net, 3.0)(x, t), x)              # no condition: the plain network
+    curves = m.GuidedNet(lambda x, t, controls: torch.nan_to_num(controls, nan=-2.0), 2.0)
+    assert curves(x, t, controls=torch.ones(2, 1, 3)).unique().tolist() == [4]      # -2 + 2 (1 + 2)
+
+
+@each_process
+def test_guiding_velocity_is_guiding_the_answer(process):
+    """All dresses are affine in the answer with equal coefficients, so guidance commutes with them."""
+    nets = gaussian_net(process, 2.0, 0.5), gaussian_net(process, 0.0, 1.0)
+    both = lambda x, t, labels: torch.where(labels[:, :, None] >= 0, nets[0](x, t), nets[1](x, t))
+    x, t = torch.randn(3, 1, 5, generator=seeded()), torch.tensor([0.2, 0.5, 0.8])
+    labels = torch.zeros(3, 1, dtype=torch.long)
+    inside = process.velocity(m.GuidedNet(both, 3.0), x, t, labels=labels)
+    outside = m.guide(process.velocity(nets[0], x, t), process.velocity(nets[1], x, t), 3.0)
+    assert torch.allclose(inside, outside, atol=1e-4)
+
+
+def test_classifier_guidance_finds_the_posterior():
+    """x_0 ~ N(0, 1), y = x_0 + N(0, 0.5^2) = 1: the posterior is N(0.8, 0.2)."""
+    edm = m.EDM()
+
+    def log_likelihood(x_0, t):
+        spread = 0.25 + m.expand(t, x_0) ** 2 / (1 + m.expand(t, x_0) ** 2)   # tau^2 + var(x_0 | x_t)
+        return (-(1.0 - x_0) ** 2 / (2 * spread)).sum((1, 2))
+    guided = m.classifier_guidance(edm, gaussian_denoiser(edm), log_likelihood)
+    x = edm.start(torch.randn(20_000, 1, 1, generator=seeded()))
+    x = m.heun(lambda x, t: edm.velocity_to(guided(x, t), x, t), x, edm.times(30))
+    assert x.mean().item() == pytest.approx(0.8, abs=0.02) and x.var().item() == pytest.approx(0.2, abs=0.01)
+
+
+# ---- 3. Samplers ----
+
+def order(sampler, steps, process=m.RectifiedFlow(), mu=1.0, s=0.5):
+    """Error of a sampler at `steps` and at twice as many, against the exact map on Gaussian data."""
+    z, errors = torch.randn(8, 1, 4, generator=seeded(), dtype=torch.float64), []
+    for n in (steps, 2 * steps):
+        out = sampler(lambda x, t: process.velocity(gaussian_net(process, mu, s), x, t), z, process.times(n))
+        errors.append((out - exact_path(process, z, 0, mu, s)).abs().max().item())
+    return errors
+
+
+def test_euler_has_order_one():
+    """Doubling the steps halves the error."""
+    coarse, fine = order(m.euler, 64)
+    assert coarse / fine == pytest.approx(2, rel=0.1)
+
+
+def test_heun_has_order_two():
+    """Doubling the steps quarters the error."""
+    coarse, fine = order(m.heun, 64)
+    assert coarse / fine == pytest.approx(4, rel=0.15)
+
+
+def test_dpmpp_3m_has_order_three():
+    """Even log-SNR steps from sigma 20 to 1: twice the steps, an eighth of the error (-phi_3 d2 gives a quarter)."""
+    z, errors = torch.randn(8, 1, 4, generator=seeded(), dtype=torch.float64), []
+    for n in (32, 64):
+        times = torch.logspace(math.log10(20), 0, n + 1, dtype=torch.float64)
+        out = m.dpmpp_3m_sde(gaussian_denoiser(PROCESSES[2], s=0.5), z * math.sqrt(400.25), times, eta=0.0)
+        errors.append((out - z * math.sqrt(1.25)).abs().max().item() / z.abs().max().item())
+    assert errors[0] < 1e-5 and errors[0] / errors[1] > 6
+
+
+@each_process
+def test_dpmpp_3m_sde_distribution(process):
+    """eta = 1 ends at the data: mean 1, deviation 0.5 within 2 %; eta = 0 is the exact map; seeds repeat."""
+    noise = torch.randn(20_000, 1, 1, generator=seeded())
+    run = lambda eta, n=200: m.dpmpp_3m_sde(gaussian_denoiser(process, 1.0, 0.5), process.start(noise), process.times(n),
+                                           eta, process.alpha, process.sigma, seeded(5))
+    x = run(1.0)
+    assert x.mean().item() == pytest.approx(1, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(x, run(1.0)) and not torch.equal(run(0.0), x)
+    exact = exact_path(process, process.start(noise) / (80.0 if process.t_max > 1 else 1), 0, 1.0, 0.5)
+    assert (run(0.0) - exact).abs().max().item() < 0.05
+
+
+@each_process
+def test_samplers_count_and_leave_their_input(process):
+    """NFE: n for Euler and DPM++, 2 n - 1 for Heun; t arrives as [B] in x's dtype; callbacks before each step."""
+    for sampler, evaluations in ((m.euler, 6), (m.heun, 11), (m.dpmpp_3m_sde, 6)):
+        calls, steps, x = [], [], torch.ones(2, 3)
+
+        def look(x, t):
+            calls.append((t.shape, t.dtype))
+            return 0.1 * x
+        extra = dict(alpha=process.alpha, sigma=process.sigma) if sampler is m.dpmpp_3m_sde else {}
+        out = sampler(look, x, process.times(6), callback=lambda i, t, x: steps.append(i), **extra)
+        assert calls == [(torch.Size([2]), torch.float32)] * evaluations and steps == list(range(6))
+        assert torch.equal(x, torch.ones(2, 3)) and out.dtype == torch.float32 and out.isfinite().all()
+
+
+def test_sampling_a_mixture():
+    """0.3 N(-2, 0.3^2) + 0.7 N(2, 0.3^2): the weights, means and deviations come out."""
+    edm = m.EDM()
+
+    def denoise(x, t):
+        s2 = m.expand(t, x) ** 2
+        logits = torch.stack([math.log(p) - (x - c) ** 2 / (2 * (0.09 + s2)) for p, c in ((0.3, -2), (0.7, 2))])
+        means = torch.stack([(0.09 * x + s2 * c) / (0.09 + s2) for c in (-2, 2)])
+        return (logits.softmax(0) * means).sum(0)
+    x = edm.start(torch.randn(20_000, 1, 1, generator=seeded()))
+    x = m.heun(lambda x, t: edm.velocity_to(denoise(x, t), x, t), x, edm.times(40))
+    assert (x < 0).float().mean().item() == pytest.approx(0.3, abs=0.015)
+    assert x[x > 0].mean().item() == pytest.approx(2, abs=0.02) and x[x > 0].std().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_optimise_noise():
+    """Through a sampler that maps z to 1 + z/2, the noise for the target 3 is 4; the loss falls fivefold."""
+    flow, target = m.RectifiedFlow(), torch.full((1, 1, 3), 3.0)
+    net = gaussian_net(flow, 1.0, 0.5)
+    sample = lambda noise: m.generate(net, flow, noise.shape, steps=64, noise=noise)
+    loss = lambda x: (x - target).square().mean()
+    start = torch.zeros(1, 1, 3)
+    found = m.optimise_noise(sample, start, loss, steps=150, lr=0.1)
+    assert loss(sample(found)).item() < loss(sample(start)).item() / 5
+    assert torch.allclose(found, torch.full_like(found, 4.0), atol=0.3) and torch.equal(start, torch.zeros(1, 1, 3))
+
+
+def test_standard_normal_and_global_state():
+    """Item i is the same in any batch; nothing moves the global generator when one is given."""
+    before = torch.get_rng_state()
+    two = m.standard_normal((2, 3), [seeded(7), seeded(8)])
+    assert torch.equal(two[1:], m.standard_normal((1, 3), [seeded(8)]))
+    assert torch.equal(m.standard_normal((4,), seeded(1)), torch.randn(4, generator=seeded(1)))
+    m.EDM().loss(lambda x, t: x, torch.ones(3, 1, 2), seeded())
+    m.generate(lambda x, t: x, m.RectifiedFlow(), (2, 1, 3), "dpmpp_3m_sde", 4)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ValueError, match="expected one per item: 3"):
+        m.standard_normal((3, 1), [seeded()])
+
+
+# ---- 4. The U-Net ----
+
+def small_unet(**options):
+    torch.manual_seed(0)
+    return m.UNet1d(4, width=8, label_sizes=(10, 3), controls=2, heads=2, **options)
+
+
+def test_unet_takes_every_length():
+    """L = 1 to 70 and the 42 latents of an NSynth note come back as long as they went in."""
+    net, tutorial = small_unet(), m.TutorialUNet(4, width=4)
+    for L in range(1, 71):
+        x = torch.randn(2, 4, L)
+        assert net(x, torch.rand(2)).shape == tutorial(x, torch.rand(2)).shape == x.shape
+
+
+def test_unet_conditions():
+    """None is all "not given"; -1 differs from label 0; NaN differs from 0; t = 0.1 from t = 0.2."""
+    net, x, t = small_unet(), torch.randn(2, 4, 42, generator=seeded()), torch.tensor([0.1, 0.1])
+    none, zero = torch.full((2, 2), -1), torch.zeros(2, 2, dtype=torch.long)
+    plain = net(x, t)
+    assert torch.equal(plain, net(x, t, labels=none, controls=torch.full((2, 2, 42), math.nan)))
+    for other in (net(x, t, labels=zero), net(x, t, controls=torch.zeros(2, 2, 42)), net(x, t + 0.1)):
+        assert (other - plain).abs().max() > 1e-3
+    gap = (m.time_embedding(torch.tensor([0.1, 0.2]), 64)[0] - m.time_embedding(torch.tensor([0.2]), 64)[0]).norm()
+    assert gap > 1                                                  # unscaled t would give 0.1
+
+
+def test_unet_keeps_items_apart_and_trains_everything():
+    """Changing item 1 leaves item 0's bytes; every parameter gets a gradient that is not 0."""
+    net, x = small_unet(), torch.randn(2, 4, 21, generator=seeded())
+    labels, controls = torch.tensor([[1, 2], [3, 0]]), torch.randn(2, 2, 21, generator=seeded(1))
+    out = net(x, torch.tensor([0.3, 0.6]), labels, controls)
+    other = net(torch.stack([x[0], x[1] + 1]), torch.tensor([0.3, 0.9]), labels, controls)
+    assert torch.equal(out[0], other[0]) and not torch.equal(out[1], other[1])
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_tutorial_unet():
+    """FACTS: 35,207,296 parameters on Music2Latent's 64 channels; conditions are refused by name."""
+    assert sum(p.numel() for p in m.TutorialUNet(64).parameters()) == 35_207_296
+    with pytest.raises(ValueError, match="labels"):
+        m.TutorialUNet(4, width=4)(torch.zeros(1, 4, 8), torch.zeros(1), labels=torch.zeros(1, 3))
+
+
+# ---- 5. Sound ----
+
+def test_resample_keeps_frequency_and_level():
+    """A sine of 440 Hz at level 0.5 through 30 pairs of rates: the same sine, sample for sample."""
+    rates = (8000, 11_025, 16_000, 22_050, 44_100, 48_000)
+    for a, b in [(a, b) for a in rates for b in rates if a != b]:
+        sine = lambda rate: 0.5 * torch.sin(2 * math.pi * 440 * torch.arange(rate // 2) / rate)
+        out = m.resample(sine(a), a, b)
+        assert len(out) == math.ceil(a // 2 * b / a)
+        middle = slice(b // 8, 3 * b // 8)
+        assert (out[middle] - sine(b)[:len(out)][middle]).abs().max() < 5e-3
+
+
+def test_pitch_track():
+    """MIDI 36 to 88 within 20 cents, with the fundamental and without it; 0 on silence and on noise."""
+    rate, when = 16_000, torch.arange(8000) / 16_000
+    for missing in (False, True):
+        for pitch in range(36, 89):
+            f = 440 * 2 ** ((pitch - 69) / 12)
+            tone = sum(torch.sin(2 * math.pi * k * f * when + k) / k for k in range(1 + missing, 9) if k * f < 7500)
+            track = m.pitch_track(0.3 * tone[None], rate, 256)
+            assert track.shape == (1, math.ceil(8000 / 256))
+            if not missing or 4 * f < 7500:                          # two harmonics at least
+                assert m.note_pitch(track).item() == pytest.approx(pitch, abs=0.2)
+    assert m.pitch_track(torch.zeros(1, 8000), rate, 256).abs().max() == 0
+    assert (m.pitch_track(0.3 * torch.randn(1, 8000, generator=seeded()), rate, 256) > 0).float().mean() < 0.05
+
+
+def test_pluck_is_in_tune():
+    """Within 5 cents for MIDI 40 to 76; harder is louder; a list of generators fixes each note."""
+    pitch, velocity = torch.arange(40, 77), torch.full((37,), 100)
+    notes = m.pluck(pitch, velocity, 1.0, 16_000, seeded())
+    assert (m.note_pitch(m.pitch_track(notes, 16_000, 256)) - pitch).abs().max() < 0.05
+    one = m.pluck(pitch[5:6], velocity[5:6], 1.0, 16_000, [seeded(9)])
+    two = m.pluck(pitch[4:6], velocity[4:6], 1.0, 16_000, [seeded(1), seeded(9)])
+    assert torch.equal(one[0], two[1]) and notes.abs().max() <= 1
+    soft, hard = m.pluck(pitch[:2] * 0 + 60, torch.tensor([30, 120]), 1.0, 16_000, [seeded(), seeded()])
+    assert hard.abs().max() > 2 * soft.abs().max()
+
+
+def test_envelope():
+    """The largest |x| in each window: [1, -3, 2, 0.5, 4] with hop 2 is [3, 2, 4]."""
+    assert m.envelope(torch.tensor([[1, -3, 2, 0.5, 4]]), 2).tolist() == [[3, 2, 4]]
+
+
+def test_audio_round_trips(tmp_path):
+    """wav and flac to 16 bits exactly, mp3 to -20 dB; stereo is averaged; peaks above 1 are scaled, not cut."""
+    tone = 0.5 * torch.sin(2 * math.pi * 440 * torch.arange(16_000) / 16_000)
+    for ending, error in ((".wav", 1 / 32_000), (".flac", 1 / 32_000), (".mp3", 0.05), (".ogg", 0.05)):
+        peak = m.save_audio(tmp_path / f"a{ending}", tone, 16_000)
+        back = m.load_audio(tmp_path / f"a{ending}", 16_000)[:16_000]
+        assert peak == pytest.approx(0.5, abs=1e-3) and (back - tone[:len(back)])[2000:14_000].abs().max() < error
+    assert m.save_audio(tmp_path / "loud.wav", 3 * tone, 16_000) == pytest.approx(1.5, abs=1e-3)
+    assert m.load_audio(tmp_path / "loud.wav", 16_000).abs().max() == pytest.approx(1, abs=1e-3)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([tone, 0 * tone], 1), 16_000, "FLOAT")
+    assert torch.allclose(m.load_audio(tmp_path / "stereo.wav", 16_000), tone / 2)
+    assert torch.allclose(m.load_audio(tmp_path / "stereo.wav", 16_000, 0.25, 0.5), tone[4000:12_000] / 2)
+
+
+def midi_bytes(*tracks, ticks=100, form=1):
+    chunk = lambda name, body: name + struct.pack(">I", len(body)) + body
+    return chunk(b"MThd", struct.pack(">HHH", form, len(tracks), ticks)) + b"".join(chunk(b"MTrk", t) for t in tracks)
+
+
+def test_read_midi(tmp_path):
+    """100 ticks a beat; 0.5 s a beat, 0.25 s from tick 200 on; the second note by running status."""
+    tempo = b"\x00\xff\x51\x03" + (500_000).to_bytes(3, "big") + b"\x81\x48\xff\x51\x03" + (250_000).to_bytes(3, "big")
+    notes = b"\x00\x90\x3c\x64\x64\x3c\x00\x00\x40\x50\x81\x48\x80\x40\x00"
+    (tmp_path / "a.mid").write_bytes(midi_bytes(tempo, notes))
+    assert m.read_midi(tmp_path / "a.mid") == [(0, 0.5, 60, 100), (0.5, 1.25, 64, 80)]
+    good, random = midi_bytes(tempo, notes), np.random.default_rng(0)
+    for k in range(300):                                            # 1,000 take 3 s; the fuzz is the same
+        data = bytearray(good[:random.integers(1, len(good) + 1)])
+        data[random.integers(len(data))] ^= int(random.integers(1, 256))
+        (tmp_path / "b.mid").write_bytes(data)
+        try:
+            m.read_midi(tmp_path / "b.mid")
+        except ValueError as error:
+            assert "b.mid" in str(error)
+
+
+# ---- 6. The Snake VAE ----
+
+def test_snake():
+    """FACTS, a = 1: f(-1, .5, 1, 2); df/dx = 1 + sin(2 a x); df/d ln a = x sin(2 a x) - sin^2(a x)/a."""
+    snake, x = m.Snake(1), torch.tensor([[[-1.0, 0.5, 1.0, 2.0]]], requires_grad=True)
+    assert snake(x).flatten().tolist() == pytest.approx([-0.291927, 0.729849, 1.708073, 2.826822], abs=1e-6)
+    torch.nn.init.constant_(snake.log_a, math.log(0.7))
+    snake(x).sum().backward()
+    assert torch.allclose(x.grad, 1 + torch.sin(1.4 * x))
+    slope = (x * torch.sin(1.4 * x) - torch.sin(0.7 * x) ** 2 / 0.7).sum()
+    assert snake.log_a.grad.item() == pytest.approx(slope.item(), abs=1e-5)
+    torch.nn.init.constant_(snake.log_a, -6)                        # however small, a stays positive
+    assert torch.allclose(snake(x), x + 0.0024788 * x ** 2, atol=2e-4)
+
+
+def test_snake_vae_lengths_and_range():
+    """L = ceil(T / 256), L * 256 samples back, for any T; finite on silence; decoding passes gradients."""
+    vae = m.SnakeVAE(16_000, width=8)
+    for T in (1, 255, 256, 257, 4000):
+        z = vae.encode(torch.zeros(2, T))
+        assert z.shape == (2, 16, math.ceil(T / 256)) and vae.decode(z).shape == (2, 256 * z.shape[2])
+        assert vae.hop == 256 and vae.frames(T) == z.shape[2] and vae.decode(z).isfinite().all()
+    z = torch.randn(1, 16, 3, requires_grad=True)
+    vae.decode(z).square().sum().backward()
+    assert z.grad.abs().sum() > 0 and vae.posterior(torch.zeros(1, 512))[1].shape == (1, 16, 2)
+
+
+def test_kl_divergence():
+    """Against torch.distributions; N(1, 1): 0.5 nats; equal to N(0, 1): 0."""
+    mean, log_variance = torch.randn(2, 3, 4, 5, generator=seeded())
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0, 1)).mean()
+    assert m.kl_divergence(mean, log_variance).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert m.kl_divergence(torch.ones(3), torch.zeros(3)).item() == 0.5
+
+
+# ---- 7. What the VAE is trained on ----
+
+def test_stft_loss():
+    """Half as loud everywhere: convergence 0.5, log magnitude ln 2. Silence and short clips are finite."""
+    sound = torch.randn(1, 8000, generator=seeded())
+    assert m.stft_loss(0.5 * sound, sound).item() == pytest.approx(0.5 + math.log(2), abs=0.01)
+    assert m.stft_loss(sound, sound).item() == 0
+    impulse = torch.zeros(1, 128)                                   # one bin by hand: window 128, centre frames
+    impulse[0, 64] = 1.0                                            # Hann is 1 at its middle, 1/2 a quarter away
+    # Frames at 0, 32, 64, 96, 128 see it at 0, 1/2, 1, 1/2, 0: three of five tell ln 2 when it is halved.
+    assert m.stft_loss(0.5 * impulse, impulse, sizes=(128,)).item() == pytest.approx(0.5 + 0.6 * math.log(2), abs=1e-4)
+    for odd in (torch.zeros(1, 8000), torch.zeros(1, 10), torch.ones(2, 1)):
+        estimate = odd.clone().requires_grad_()
+        m.stft_loss(estimate, odd).backward()
+        assert m.stft_loss(odd, odd).isfinite() and estimate.grad.isfinite().all()
+
+
+def test_adversarial_losses():
+    """Hinge by hand: relu(1 - (2, 0)) + relu(1 + (-2, 0)) = 1/2 + 1/2; generator -mean; feature L1 over mean."""
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.0])
+    assert m.hinge_discriminator_loss(real, fake).item() == 1 and m.hinge_generator_loss(fake).item() == 1
+    maps = [torch.full((2, 2), 4.0)], [torch.full((2, 2), 3.0)]
+    assert m.feature_matching_loss(*maps).item() == pytest.approx(0.25)
+    logits, maps = m.STFTDiscriminator(width=4)(torch.zeros(2, 4000))
+    assert len(logits) == 2 and len(maps) == 4 and logits.isfinite().all()
+
+
+def test_loss_balancer():
+    """EnCodec's case: |x - 1| and 100 |x + 1| at 0 pull with 99 unbalanced, with 0 balanced; KL joins behind."""
+    def gradient(balance):
+        x = torch.zeros(1, requires_grad=True)
+        losses = {"a": (x - 1).abs().sum(), "b": 100 * (x + 1).abs().sum()}
+        balancer = m.LossBalancer({"a": 1, "b": 1})
+        balancer.backward(losses, x) if balance else sum(losses.values()).backward()
+        return x.grad.item(), balancer.shares
+    assert gradient(False)[0] == 99 and gradient(True)[0] == pytest.approx(0, abs=1e-6)
+    assert sum(gradient(True)[1].values()).item() == pytest.approx(1)
+    latent = torch.ones(2, 3, requires_grad=True)
+    output, balancer = latent * 2, m.LossBalancer({"a": 3, "b": 1}, total_norm=2.0)
+    balancer.backward({"a": output.sum(), "b": (7 * output[:, 0]).sum()}, output, free={"kl": latent.square().sum() / 2})
+    a, b = 2 * 3 / 4 / math.sqrt(3), 2 * 1 / 4                      # weights' shares over the per-item norms
+    assert latent.grad[0].tolist() == pytest.approx([2 * (a + b) + 1, 2 * a + 1, 2 * a + 1], rel=1e-5)
+    with pytest.raises(ValueError, match="c"):
+        balancer.backward({"c": output.sum()}, output)
+
+
+def test_the_judges_step_does_not_reach_the_codec():
+    """Its loss on a detached output leaves the codec without a gradient; the bytes of a step agree."""
+    source = ast.unparse(DEFINITIONS["train_codec"])
+    assert "judge(output.detach())" in source
+    output = torch.randn(1, 2000, requires_grad=True)
+    m.hinge_discriminator_loss(torch.zeros(1), m.STFTDiscriminator(width=4)(output.detach())[0]).backward()
+    assert output.grad is None
+
+
+# ---- 8. Data ----
+
+def test_built_in_data():
+    """Plucks: 60 to each of 37 pitches, a sixth held out evenly; Melodies: what is heard is what is written."""
+    data = m.Plucks()
+    pitches = data.labels[data.valid][:, 0]
+    assert len(data) == 2220 and pitches.bincount()[40:77].tolist() == [10] * 37
+    assert torch.equal(m.Plucks().audio(7), data.audio(7)) and len(data.audio(7, 100, 50)) == 50
+    crops = data.crops(3, 20_000, seeded())
+    assert crops.shape == (3, 20_000) and crops[:, 16_000:].abs().max() == 0
+    phrase = m.Melodies(count=2, seconds=4.0)
+    track = m.pitch_track(phrase.audio(0)[None], 16_000, 256)[0]
+    for begin, end, pitch, _ in phrase.notes(0):
+        heard = track[round((begin + 0.06) * 62.5):round((end - 0.06) * 62.5)]
+        assert heard[heard > 0].median().item() == pytest.approx(pitch, abs=0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eleven NSynth-like notes of 0.4 s in two folders, and files that are no notes."""
+    root = tmp_path_factory.mktemp("notes")
+    for i in range(11):
+        where = root / ("nsynth-guitar-valid" if i > 5 else "nsynth-guitar-train")
+        where.mkdir(exist_ok=True)
+        note = m.pluck(torch.tensor([60 + i]), torch.tensor([100]), 0.4, 16_000, [seeded(i)])[0]
+        m.save_audio(where / f"guitar_acoustic_00{i // 6}-{60 + i:03d}-100.wav", note, 16_000)
+    (root / "text.wav").write_text("no audio")
+    (root / "empty.mp3").write_bytes(b"")
+    (root / "dangling.wav").symlink_to(root / "nowhere")
+    (root / "dir.wav").mkdir()
+    soundfile.write(root / "nan \u00e9\n.wav", np.full(9000, np.nan, np.float32), 16_000, "FLOAT")
+    soundfile.write(root / "short.flac", np.ones(1), 16_000)
+    soundfile.write(root / "silent.wav", np.zeros(9000), 16_000)
+    (root / "cut.wav").write_bytes((root / "nsynth-guitar-train" / "guitar_acoustic_000-060-100.wav").read_bytes()[:30])
+    (root / "readme.txt").write_text("not counted")
+    return root
+
+
+def test_audio_folder(folder, tmp_path):
+    """19 files, 8 of them unusable, each named with a reason; labels from the names; the folders' split."""
+    data = m.AudioFolder(folder, known=tmp_path / "files.json")
+    assert len(data) == 11 and data.sample_rate == 16_000 and data.seconds == pytest.approx(0.4)
+    assert set(data.unusable) == {"text.wav", "empty.mp3", "dangling.wav", "nan \u00e9\n.wav", "short.flac",
+                                  "silent.wav", "cut.wav"}
+    assert all(data.unusable.values()) and "silen" in data.unusable["silent.wav"] and "NaN" in data.unusable["nan \u00e9\n.wav"]
+    assert data.sources == ["guitar_acoustic"] and data.labels[0].tolist() == [60, 100, 0]
+    assert data.valid.tolist() == [False] * 6 + [True] * 5 and len(data.audio(0, 100, 50)) == 50
+    assert m.AudioFolder(folder, known=tmp_path / "files.json").made_from == data.made_from
+    again = m.AudioFolder(folder / "nsynth-guitar-train", sample_rate=8000)
+    assert again.valid.sum() == 1 and len(again.audio(0)) == 3200    # no -valid beside it: a seeded 5 %
+    for path, words in ((tmp_path / "none", "no such folder"), (tmp_path, "0 audio files")):
+        with pytest.raises(ValueError, match=words):
+            m.AudioFolder(path)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves self.server.data; `mood` truncates once, ignores ranges, or sends other bytes."""
+
+    def do_GET(self):
+        data, mood = self.server.data, self.server.mood
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if mood != "no ranges" else 0
+        self.server.asked.append(start)
+        self.send_response(206 if start else 200)
+        body = data[start:] if mood != "wrong" else b"x" * len(data)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if mood == "truncates" and start == 0:
+            body = body[:len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        running.asked, running.url = [], f"http://127.0.0.1:{running.server_port}/a.zip"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def zipped(path, *entries):
+    with zipfile.ZipFile(path, "w") as bundle:
+        for name in entries:
+            bundle.writestr(name, b"note " * 100)
+    return path.read_bytes()
+
+
+def test_download_nsynth(server, tmp_path):
+    """FACTS: 334,999,208 bytes, sha256 cbabb3ba...; here from a server that truncates, restarts and lies."""
+    assert m.NSYNTH_SIZE == 334_999_208 and m.NSYNTH_SHA256.startswith("cbabb3ba2ce81c28982eb41c3ba5127a")
+    server.data = zipped(tmp_path / "z.zip", "NSYNTH_GUITAR_MP3/nsynth-guitar-train/a.mp3")
+    digest = importlib.import_module("hashlib").sha256(server.data).hexdigest()
+    get = lambda name, **k: m.download_nsynth(tmp_path / name, server.url, **dict(dict(size=len(server.data), sha256=digest), **k))
+    for mood in ("truncates", "no ranges"):
+        server.mood, server.asked = mood, []
+        notes = get(mood)
+        assert (notes / "nsynth-guitar-train" / "a.mp3").read_bytes() == b"note " * 100
+        assert server.asked == ([0, len(server.data) // 2] if mood == "truncates" else [0])
+        assert get(mood) == notes and len(server.asked) < 3          # the second time nothing is asked
+    server.mood = "wrong"
+    with pytest.raises(ValueError, match="SHA-256"):
+        get("wrong")
+    assert not any((tmp_path / "wrong").glob("*MP3")) and not any((tmp_path / "wrong").glob("*.part"))
+    server.mood, server.data = "", zipped(tmp_path / "evil.zip", "../evil.txt")
+    with pytest.raises(ValueError, match="leave"):
+        get("evil", size=len(server.data), sha256=importlib.import_module("hashlib").sha256(server.data).hexdigest())
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_music2latent(tmp_path, monkeypatch):
+    """The real package with random weights: [2, 64, 4] from 4 * 4096 + 1536 samples; decoding repeats itself."""
+    shutil.copytree(pathlib.Path(importlib.import_module("music2latent").__file__).parent, tmp_path / "music2latent")
+    for name in [name for name in sys.modules if name.startswith("music2latent")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("music2latent.models")
+    (tmp_path / "music2latent" / "models").mkdir(exist_ok=True)
+    weights = tmp_path / "music2latent" / "models" / "music2latent.pt"
+    torch.manual_seed(0)
+    torch.save({"gen_state_dict": package.UNet().state_dict()}, weights)
+    codec, before = m.Music2Latent(), torch.get_rng_state()
+    sound = 0.1 * torch.randn(2, 4 * 4096 + 1536, generator=seeded())
+    z = codec.encode(sound)
+    assert z.shape == (2, 64, 4) and z.dtype == torch.float32 and codec.frames(176_400) == 42 and z.abs().max() < 16.68
+    assert torch.allclose(codec.encode(sound[1:]), z[1:], atol=1e-5) and codec.encode(sound[:, :9]).shape == (2, 64, 1)
+    one = codec.decode(z[:1, :, :1])
+    assert one.shape == (1, 4096 + 1536) and torch.equal(one, codec.decode(z[:1, :, :1]))
+    assert torch.equal(before, torch.get_rng_state()) and codec.sample_rate == 44_100
+    weights.unlink()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", functools.partial(open, "/nowhere", opener=None))
+    for name in [name for name in sys.modules if name.startswith("music2latent")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"put\s+music2latent.pt.*models"):
+        m.Music2Latent()
+
+
+class TinyCodec:
+    """Frames of 100 samples, two channels: their mean and their mean square. Dies when told to."""
+    sample_rate, hop, channels, tail, made_from, dies_after = 16_000, 100, 2, 0, "tiny", 10 ** 9
+
+    def frames(self, samples):
+        return -(-samples // 100)
+
+    def encode(self, audio):
+        self.dies_after -= 1
+        if self.dies_after < 0:
+            raise KeyboardInterrupt
+        x = torch.nn.functional.pad(audio, (0, -audio.shape[-1] % 100)).reshape(len(audio), -1, 100)
+        return torch.stack([x.mean(2), x.square().mean(2)], dim=1)
+
+
+def test_encoding_once(folder, tmp_path, monkeypatch):
+    """Cut off and continued equals never stopped, byte for byte; pieces equal the whole; statistics by hand."""
+    data, codec = m.AudioFolder(folder), TinyCodec()
+    m.encode_recordings(codec, data, tmp_path / "whole", curves=True)
+    monkeypatch.setattr(m.time, "monotonic", functools.partial(next, iter(range(0, 10 ** 6, 100))))   # always save
+    dying = TinyCodec()
+    dying.dies_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        m.encode_recordings(dying, data, tmp_path / "cut", curves=True, batch=3)
+    m.encode_recordings(codec, data, tmp_path / "cut", curves=True, batch=3)
+    m.encode_recordings(codec, data, tmp_path / "pieces", curves=False, seconds=0.1)
+    whole, cut, piece = (tmp_path / n / "frames.bin" for n in ("whole", "cut", "pieces"))
+    assert whole.read_bytes() == cut.read_bytes()
+    wide, narrow = np.fromfile(whole, np.float32).reshape(-1, 4), np.fromfile(piece, np.float32).reshape(-1, 2)
+    assert len(wide) == 11 * 64 and np.allclose(wide[:, :2], narrow, atol=1e-6)
+    latents = m.LatentDataset(tmp_path / "whole", 64, 2)
+    assert np.allclose(latents.mean, wide[:6 * 64, :2].mean(0), atol=1e-6)         # the training part alone
+    x, labels, curves = latents.held_out()
+    assert x.shape == (5, 2, 64) and labels[:, 0].tolist() == [66, 67, 68, 69, 70] and curves.shape == (5, 2, 64)
+    assert np.allclose(x[0].T * latents.std + latents.mean, wide[6 * 64:7 * 64, :2], atol=1e-5)
+    assert (curves[0, 1] * 12 + 60)[2:20].median().item() == pytest.approx(66, abs=0.1)
+    assert torch.equal(latents.batch(4, seeded(1))[0], latents.batch(4, seeded(1))[0])
+    calls = codec.dies_after
+    m.encode_recordings(codec, data, tmp_path / "whole", curves=True)
+    assert codec.dies_after == calls                                # found again: nothing is encoded
+
+
+# ---- 9. Training ----
+
+def test_ema():
+    """Weights 0 then 1: d = 2/11 at the first update, min(decay, 3/12) at the second."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    ema = m.EMA(net, decay=0.2)
+    torch.nn.init.ones_(net.weight)
+    ema.update(net)
+    assert ema.module.weight.item() == pytest.approx(1 - 2 / 11)
+    ema.update(net)
+    assert ema.module.weight.item() == pytest.approx(1 - 2 / 11 * 0.2)
+
+
+def test_learning_rate():
+    """1e-3 at its peak; 1 % of it at the first of 100 warm-up steps; half of it at 4 * settle."""
+    assert [m.learning_rate(k, 1e-3) for k in (0, 99, 1000, 8000)] == pytest.approx([1e-5, 1e-3, 1e-3, 5e-4])
+
+
+def test_drop_conditions():
+    """Each slot stays with (1 - p)^2 = 0.81; everything goes with p + (1 - p) p^K; NaN marks a curve."""
+    labels, curves = m.drop_conditions(torch.ones(40_000, 2, dtype=torch.long), torch.ones(40_000, 2, 3), seeded())
+    assert (labels == 1).float().mean().item() == pytest.approx(0.81, abs=0.01)
+    assert (labels == -1).all(1).float().mean().item() == pytest.approx(0.1 + 0.9 * 0.01, abs=0.005)
+    assert curves.isnan().float().mean().item() == pytest.approx(0.19, abs=0.01)
+    assert (curves.isnan().all(2) | ~curves.isnan().any(2)).all()   # a curve goes as a whole
+
+
+def test_checkpoints(tmp_path):
+    """What goes in comes out; code is refused unrun; a failed write leaves the old file."""
+    m.save_checkpoint(tmp_path / "a.pt", step=3, weights=torch.arange(3))
+    assert m.load_checkpoint(tmp_path / "a.pt")["weights"].tolist() == [0, 1, 2]
+    with pytest.raises(OSError, match="missing"):
+        m.save_checkpoint(tmp_path / "missing" / "a.pt", step=4)
+    with pytest.raises(Exception):
+        m.save_checkpoint(tmp_path / "a.pt", step=lambda: 0)        # pickle refuses half way through
+    assert m.load_checkpoint(tmp_path / "a.pt")["step"] == 3
+
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "ran",)
+    torch.save({"format": 1, "x": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "junk.pt").write_text("junk")
+    torch.save({"format": 99}, tmp_path / "new.pt")
+    for name in ("evil", "junk", "new", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            m.load_checkpoint(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def latents_for_training(folder, tmp_path):
+    if not (tmp_path / "latents").exists():
+        m.encode_recordings(TinyCodec(), m.AudioFolder(folder), tmp_path / "latents", curves=True)
+    return m.LatentDataset(tmp_path / "latents", 64, 2)
+
+
+@pytest.mark.parametrize("condition", ["note", "control", "none"])
+def test_resume_is_never_having_stopped(folder, tmp_path, condition):
+    """10 steps and 10 more equal 20 steps bit for bit: weights, average, optimiser, random state, log."""
+    data, states = latents_for_training(folder, tmp_path), []
+    for name, plan in (("once", [20]), ("twice", [10, 20])):
+        (tmp_path / name).mkdir()
+        for steps in plan:
+            torch.manual_seed(0)
+            net = m.UNet1d(2, 8, (1, 1), (128, 128, 1) if condition == "note" else (), 2 * (condition == "control"), heads=1)
+            m.train_diffusion(net, m.RectifiedFlow(), data, steps, tmp_path / name / "model.pt", batch_size=4,
+                              condition=condition, resume=True, every=5)
+        states.append((torch.load(tmp_path / name / "model.pt"), (tmp_path / name / "log.csv").read_text()))
+    flat = lambda x: [v for k in x for v in flat(x[k])] if isinstance(x, dict) else [v for y in x for v in flat(y)] if isinstance(
+        x, list) else [x]
+    for a, b in zip(flat(states[0][0]), flat(states[1][0]), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    assert states[0][1] == states[1][1]
+    losses = [float(r["value"]) for r in csv.DictReader(states[0][1].splitlines()) if r["quantity"] == "loss"]
+    assert len(losses) == 4 and states[0][0]["step"] == 20
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(folder, tmp_path):
+    """A learning rate of 1e30 ends with the step and what to try; no bad checkpoint is left."""
+    data = latents_for_training(folder, tmp_path)
+    with pytest.raises(ValueError, match=r"not finite at step \d+.*--lr"):
+        m.train_diffusion(m.UNet1d(2, 8, (1,), heads=1), m.EDM(), data, 300, tmp_path / "model.pt", batch_size=4, lr=1e30)
+    assert not (tmp_path / "model.pt").exists()
+
+
+# ---- 10. Listening and measuring ----
+
+def test_frechet_distance():
+    """N(0,1) to N(1,1): 1; to N(0,4): 1; to itself: 0; commuting 2-D: (1-2)^2 + (3-1)^2 + |(1, 2)|^2 = 10."""
+    x = torch.randn(100_000, 1, generator=seeded())
+    x = (x - x.mean()) / x.std()
+    assert m.frechet_distance(x, x + 1) == pytest.approx(1, abs=1e-5)
+    assert m.frechet_distance(x, 2 * x) == pytest.approx(1, abs=1e-5) and 0 <= m.frechet_distance(x, x) < 1e-9
+    y = torch.randn(100_000, 2, generator=seeded(1), dtype=torch.float64)
+    y = (y - y.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(y.T))).T
+    a, b = y * torch.tensor([1.0, 3.0]), y * torch.tensor([2.0, 1.0]) + torch.tensor([1.0, 2.0])
+    assert m.frechet_distance(a, b) == pytest.approx(10, abs=1e-6)
+    with pytest.raises(ValueError):
+        m.frechet_distance(x[:1], x)
+
+
+@each_process
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_3m_sde"])
+def test_generate_is_the_same_in_any_batch(process, sampler):
+    """Item i is drawn from seed + i: item 2 of seed 5 is item 0 of seed 7; twice gives the same bytes."""
+    make = lambda n, seed: m.generate(gaussian_net(process, 1.0, 0.5), process, (n, 2, 3), sampler, 5, seed)
+    three = make(3, 5)
+    assert torch.equal(three, make(3, 5)) and torch.allclose(three[2:], make(1, 7), atol=1e-6)
+    assert not torch.equal(three[0], three[1])
+    with pytest.raises(ValueError, match="unknown sampler"):
+        m.generate(None, process, (1, 1, 1), "eular")
+
+
+@each_process
+def test_generate_from_a_sound(process):
+    """Noise level 0 gives it back, the largest ignores it; kept frames come back, the others do not."""
+    net, init = gaussian_net(process), 3 * torch.randn(2, 2, 8, generator=seeded())
+    make = lambda **k: m.generate(net, process, init.shape, steps=20, init=init, **k)
+    assert torch.equal(make(init_noise=0), init)
+    assert torch.equal(make(init_noise=process.t_max), m.generate(net, process, init.shape, steps=20))
+    near, far = (make(init_noise=f * process.t_max) - init for f in (0.001, 0.5))
+    assert near.abs().mean() < 0.2 * far.abs().mean()
+    keep = torch.arange(8) < 3
+    for sampler in ("euler", "heun", "dpmpp_3m_sde"):
+        kept = make(keep=keep, sampler=sampler)
+        assert (kept - init)[..., :3].abs().max() < 0.1 and (kept - init)[..., 3:].abs().mean() > 1
+    with pytest.raises(ValueError, match="noise level"):
+        make(init_noise=100)
+
+
+# ---- 11. The command line, as a user ----
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`train` on 60 short plucks, from the command to sounds."""
+    root, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
+    patch.setattr(m.Plucks.__init__, "__defaults__", (60, 0, 0.4, 16_000))
+    patch.setattr(m.UNet1d.__init__, "__defaults__", (16, (1, 2), (), 0, 4))
+    argv = ["train", "--run", str(root / "r"), "--codec-steps", "2", "--steps", "3", "--batch-size", "4"]
+    assert m.main(argv) == 0
+    yield root / "r"
+    patch.undo()
+
+
+def test_train_leaves_everything(run, capsys):
+    """codec.pt, model.pt, log.csv, sounds and the page; a second run refuses, --resume goes on."""
+    assert {p.name for p in run.iterdir()} == {"codec.pt", "model.pt", "log.csv", "latents", "samples"}
+    assert len(list((run / "samples").glob("*.wav"))) == 8 and "<audio" in (run / "samples" / "index.html").read_text()
+    settings = m.load_checkpoint(run / "model.pt")["settings"]
+    assert (settings["objective"], settings["condition"], settings["frames"]) == ("rf", "note", 25)
+    assert m.main(["train", "--run", str(run)]) == 2 and "--resume" in capsys.readouterr().err
+    assert m.main(["train", "--run", str(run), "--resume", "--objective", "edm"]) == 2
+    assert "--objective rf" in capsys.readouterr().err
+    assert m.main(["train", "--run", str(run), "--resume", "--steps", "4"]) == 0
+
+
+def test_sample(run, tmp_path, capsys):
+    """Every option once; the same seed gives the same bytes, count or no count."""
+    base = ["sample", "--run", str(run), "--steps", "2", "--pitch", "60", "64"]
+    assert m.main(base + ["--out", str(tmp_path / "a"), "--seed", "3"]) == 0
+    assert m.main(base + ["--out", str(tmp_path / "b"), "--seed", "3"]) == 0
+    a, b = (sorted((tmp_path / n).glob("*.wav")) for n in "ab")
+    assert len(a) == 2 and [x.read_bytes() for x in a] == [x.read_bytes() for x in b]
+    extra = ["--count", "2", "--velocity", "90", "--source", "pluck", "--seconds", "0.9", "--sampler", "dpmpp_3m_sde", "--eta", "0.5",
+             "--cfg", "3", "--rescale", "0.7", "--cfg-interval", "0.2", "0.8", "--negative-pitch", "50", "--out", str(tmp_path / "c")]
+    assert m.main(base + extra) == 0 and len(list((tmp_path / "c").glob("*.wav"))) == 4
+    assert soundfile.info(next((tmp_path / "c").glob("*.wav"))).frames == math.ceil(0.9 * 16_000 / 256) * 256
+    init = ["--init-audio", str(a[0]), "--init-noise", "0", "--out", str(tmp_path / "d")]
+    assert m.main(base + init) == 0
+    run_object = m.Run(run)
+    with torch.no_grad():
+        trip = run_object.codec.decode(run_object.codec.encode(m.load_audio(a[0], 16_000)[None]))[0]
+    back = m.load_audio(sorted((tmp_path / "d").glob("*.wav"))[0], 16_000)
+    assert torch.allclose(back, trip, atol=1e-3)                    # noise 0: the codec's round trip
+    assert m.main(base + init[:2] + ["--keep", "0", "0.2", "--out", str(tmp_path / "e")]) == 0
+    page = (tmp_path / "a" / "index.html").read_text()
+    assert page.count("data:audio/wav;base64") == 2 and "http" not in page.replace("http-equiv", "")
+
+
+def test_evaluate(run):
+    """The ceilings are there: real notes 1.0; the keys of DESIGN.md; N and seed."""
+    assert m.main(["evaluate", "--run", str(run), "--count", "4", "--steps", "2", "--seed", "5"]) == 0
+    result = json.loads((run / "evaluation.json").read_text())
+    assert set(result["pitch_accuracy"]) == set(result["frechet"]) == {"1", "2", "3"} and result["pitch_accuracy_real"] == 1
+    assert (result["count"], result["seed"], result["nfe"]) == (4, 5, 2) and 0 < result["network_share"] <= 1
+    assert result["frechet_floor"] > 0 and result["nearest_ratio"] > 0 and result["seconds_per_item"] > 0
+    assert 0 <= result["pitch_accuracy_codec"] <= 1
+
+
+@pytest.mark.parametrize("options", [["--objective", "edm", "--condition", "none"], ["--objective", "vp", "--net", "tutorial"],
+                                     ["--data", "melodies", "--adversarial-from", "1"]], ids=" ".join)
+def test_other_trainings(run, tmp_path, options, monkeypatch):
+    """EDM, VP, the tutorial's network, curves and the discriminator run from the command to sounds."""
+    monkeypatch.setattr(m.Melodies.__init__, "__defaults__", (24, 0, 0.5, 16_000))
+    monkeypatch.setattr(m.TutorialUNet.__init__, "__defaults__", (8, 2))
+    where = ["--run", str(tmp_path / "r")]
+    assert m.main(["train", *where, "--codec-steps", "2", "--steps", "2", "--batch-size", "4", *options]) == 0
+    assert m.main(["sample", *where, "--steps", "2", "--seconds", "0.3"]) == 0
+    assert m.main(["evaluate", *where, "--steps", "2"]) == 0
+    result = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert ("melodies" in options) == bool(result["followed"])
+    assert m.main(["sample", *where, "--pitch", "60"]) == 2          # none of the three takes a pitch
+
+
+def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
+    """What was got, what was expected, what to do; never a traceback."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "model.pt").write_text("junk")
+    shutil.copytree(run, tmp_path / "other")
+    state = m.load_checkpoint(run / "model.pt")
+    state["settings"]["channels"] = 8
+    m.save_checkpoint(tmp_path / "other" / "model.pt", **state)
+    cases = {"sample --pitch 200": "0", "sample --steps 0": "1", "train --stps 3": "--steps", "sample --run nowhere": "nowhere",
+             f"sample --run {tmp_path / 'x'}": "checkpoint", f"sample --run {tmp_path / 'other'} --steps 1": "fit",
+             f"sample --run {run} --source violin": "pluck", "train --data nowhere": "no such folder", "train --device abacus": "abacus",
+             f"train --data {tmp_path / 'x'} --run {tmp_path / 'y'}": "audio files", f"sample --run {run} --keep 0 1": "--init-audio",
+             f"sample --run {run} --init-audio {tmp_path / 'x' / 'model.pt'}": "audio", "dance": "dance", "train --lr nan": "nan"}
+    for line, words in cases.items():
+        try:
+            status = m.main(line.split())
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert status == 2 and words in error.splitlines()[-1] and error.count("\n") <= 2, (line, error)
+    assert m.main([]) == 0 and "python minidiff.py train" in capsys.readouterr().out
+
+
+def test_interrupted_and_resumed(tmp_path):
+    """A real process: SIGTERM during training saves and exits with 130; --resume finishes the run."""
+    start = ("import sys, minidiff as m; m.Plucks.__init__.__defaults__ = (30, 0, 0.4, 16_000); "
+             "m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1); sys.exit(m.main())")
+    argv = [sys.executable, "-c", start, "train", "--run", str(tmp_path / "r"), "--codec-steps", "2", "--batch-size", "2"]
+    process = subprocess.Popen([*argv, "--steps", "100000"], cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("diffusion:"):
+            break
+    (tmp_path / "r" / "wait").touch()
+    try:
+        process.wait(4)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+    assert process.wait(60) == 130 and "--resume" in process.stderr.read()
+    done = m.load_checkpoint(tmp_path / "r" / "model.pt")["step"]
+    assert 0 < done < 100_000
+    assert subprocess.run([*argv, "--steps", str(done + 2), "--resume"], cwd=HERE, capture_output=True).returncode == 0
+    assert m.load_checkpoint(tmp_path / "r" / "model.pt")["step"] == done + 2
+
+
+# ---- The text does not lie ----
+
+def lifts(node):
+    """The names after "Lifts out with:" in a docstring; None where it says that it is the program's."""
+    text = " ".join(ast.get_docstring(node).split()).partition("Lifts out with: ")[2].rstrip(".")
+    return None if "whole program" in text else set() if text == "nothing" else set(re.split(r",\s*", text))
+
+
+def uses_names(node):
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & set(DEFINITIONS)
+
+
+def uses(node):
+    return uses_names(node) - {node.name}
+
+
+@pytest.mark.parametrize("name", [n for n in DEFINITIONS if lifts(DEFINITIONS[n]) is not None])
+def test_every_piece_lifts_out(name):
+    """Its list is exactly what it needs, transitively; with the imports and that list alone it can be defined."""
+    needed, found = set(), uses(DEFINITIONS[name])
+    while found - needed:
+        needed |= found
+        found = set().union(*[uses(DEFINITIONS[n]) for n in needed])
+    assert lifts(DEFINITIONS[name]) == needed - {name}
+    kept = [n for n in TREE.body if isinstance(n, (ast.Import, ast.ImportFrom)) or getattr(n, "name", None) in needed | {name}
+            or isinstance(n, ast.Assign) and not uses_names(n)]     # constants need not be listed
+    space = {}
+    exec(compile(ast.Module(kept, []), "piece", "exec"), space)
+    assert callable(space[name])
+
+
+def test_every_definition_is_documented_and_nothing_refers_down():
+    """A docstring that says with what it lifts out; no definition uses a name that stands below it."""
+    lines = {name: node.lineno for name, node in DEFINITIONS.items()}
+    for name, node in DEFINITIONS.items():
+        assert "Lifts out with: " in " ".join(ast.get_docstring(node).split()), name
+        assert all(lines[other] < node.lineno for other in uses(node)), name
+
+
+def test_chapters_and_imports():
+    """The map on the title page is the list of banners; only four packages and the standard library."""
+    banner = re.findall(r"^# -{98}\n# (\d+\. .+)\n# -{98}$", SOURCE, re.M)
+    chapters = re.findall(r"^    (\d+\. .+)$", m.__doc__, re.M)
+    assert banner == chapters and len(banner) == 11
+    modules = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0]
+               for n in ast.walk(TREE) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    assert modules - set(sys.stdlib_module_names) == {"torch", "numpy", "soundfile", "music2latent"}
+    assert max(map(len, SOURCE.splitlines())) <= 100
+
+
+def test_every_option_is_read(capsys):
+    """Each row of the table is in --help of the commands that its letters name, and read as options.name."""
+    rows = [row.split()[:2] for row in re.findall("^--.*", m.OPTIONS, re.M)]
+    assert len(rows) == len({name for name, _ in rows}) > 25
+    for command in m.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            m.main([command, "--help"])
+        text = capsys.readouterr().out
+        shown = set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--help"}
+        assert stop.value.code == 0 and shown >= {name for name, users in rows if command[0] in users}
+        assert not shown & {name for name, users in rows if command[0] not in users}
+    read = set(re.findall(r"options\.(\w+)", SOURCE)) | set(re.findall(r"'(\w+)'", ast.unparse(DEFINITIONS["run_settings"])))
+    assert not {name[2:].replace("-", "_") for name, _ in rows} - read
+
+
+def test_readme():
+    """Every command in README.md parses; every name in its table exists; every `make` target too."""
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"^(?:\.venv/bin/)?python minidiff\.py (.+?)(?:  +#.*)?$", text, re.M)
+    assert len(commands) >= 6
+    for line in commands:
+        m.parse(line.split())
+    for name in re.findall(r"^\| `(\w+)` \|", text, re.M):
+        assert name in DEFINITIONS, name
+    targets = re.findall(r"^(\w+):", (HERE / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"make (\w+)", text)) <= set(targets)
