@@ -979,6 +979,37 @@ def test_interrupted_and_resumed(tmp_path):
 
 # ---- The text does not lie ----
 
+# How each piece is used once it is lifted out: true when it works. z is [2, 1, 8], t is [2], path a file name.
+USES = {
+    "RectifiedFlow": "RectifiedFlow().loss(lambda x, t: 0 * x, z).item() > 0.2",
+    "VPDiffusion": "VPDiffusion().velocity(lambda x, t: x, z + 1, t).mean() > 1.5",
+    "EDM": "EDM().times(4)[0] == 80 and EDM().loss(lambda x, t: 0 * x, z).item() > 0",
+    "karras_times": "karras_times(4, 0.1, 9.0)[-1] == 0", "polyexponential_times": "len(polyexponential_times(4, 0.1, 9.0)) == 5",
+    "guide": "guide(z + 3, z + 1, 2.0)[0, 0, 0] == 5",
+    "GuidedNet": "GuidedNet(lambda x, t, labels: x + labels[:, :, None], 2.0)(z, t, labels=torch.ones(2, 1)).isnan().all()",
+    "classifier_guidance": "callable(classifier_guidance(None, None, None))",
+    "euler": "torch.allclose(euler(lambda x, t: x, z + 1, torch.tensor([1.0, 0.5, 0.0])), z + 0.25)",
+    "heun": "torch.allclose(heun(lambda x, t: x, z + 1, torch.tensor([1.0, 0.5, 0.0])), z + 0.3125)",
+    "dpmpp_3m_sde": "torch.equal(dpmpp_3m_sde(lambda x, t: z + 7, z, torch.tensor([2.0, 1.0, 0.0])), z + 7)",
+    "optimise_noise": "optimise_noise(lambda n: n, z, lambda x: (x - 1).square().sum(), 5, 0.1).mean() > 0.3",
+    "TutorialUNet": "TutorialUNet(1, 4, 2)(z, t).shape == z.shape", "time_embedding": "time_embedding(t, 6).shape == (2, 6)",
+    "UNet1d": "UNet1d(1, 8, (1, 2), heads=2)(z, t).shape == z.shape",
+    "save_audio": "save_audio(path + '.wav', z[0, 0] + 0.5, 8000) == 0.5", "resample": "resample(z, 2, 3).shape == (2, 1, 12)",
+    "pluck": "pluck(torch.tensor([60]), torch.tensor([90]), 0.1, 8000).abs().max() > 0.1", "envelope": "envelope(z[0], 3).shape == (1, 3)",
+    "pitch_track": "pitch_track(torch.sin(torch.arange(4000.)[None] / 5), 8000, 100)[0, 20] > 55",
+    "Snake": "torch.equal(Snake(1)(z), z)", "SnakeVAE": "SnakeVAE(8000, width=4).decode(z.expand(2, 16, 8)).shape == (2, 2048)",
+    "kl_divergence": "kl_divergence(z + 1, z) == 0.5", "stft_loss": "stft_loss(z[0], z[0]) == 0",
+    "STFTDiscriminator": "len(STFTDiscriminator(width=4)(z[0])[1]) == 4", "feature_matching_loss": "feature_matching_loss([t], [t]) == 0",
+    "hinge_discriminator_loss": "hinge_discriminator_loss(t, t) == 2", "hinge_generator_loss": "hinge_generator_loss(t) == -0.5",
+    "LossBalancer": "LossBalancer({'a': 1}).shares == {}", "Plucks": "len(Plucks(37, seconds=0.1).audio(3)) == 1600",
+    "Melodies": "Melodies(2, seconds=1.0).audio(0).abs().max() > 0", "EMA": "EMA(nn.Linear(1, 1)).update(nn.Linear(1, 1)) is None",
+    "save_checkpoint": "save_checkpoint(path, a=1) is None and os.path.exists(path)",
+    "frechet_distance": "abs(frechet_distance(torch.eye(3), torch.eye(3) + 1) - 3) < 1e-6",
+    "generate": "generate(lambda x, t: x, type('Flow', (), dict(t_max=1, start=lambda s, n: n, times=lambda s, n, top: torch.tensor([1.0, 0]), "
+                "velocity=lambda s, net, x, t: net(x, t)))(), (2, 1, 8), device='cpu').abs().max() < 1e-6",
+}
+
+
 def lifts(node):
     """The names after "Lifts out with:" in a docstring; None where it says that it is the program's."""
     text = " ".join(ast.get_docstring(node).split()).partition("Lifts out with: ")[2].rstrip(".")
@@ -994,8 +1025,8 @@ def uses(node):
 
 
 @pytest.mark.parametrize("name", [n for n in DEFINITIONS if lifts(DEFINITIONS[n]) is not None])
-def test_every_piece_lifts_out(name):
-    """Its list is exactly what it needs, transitively; with the imports and that list alone it can be defined."""
+def test_every_piece_lifts_out(name, tmp_path):
+    """Its list is exactly what it needs, transitively; with the imports and that list alone it works."""
     needed, found = set(), uses(DEFINITIONS[name])
     while found - needed:
         needed |= found
@@ -1005,7 +1036,8 @@ def test_every_piece_lifts_out(name):
             or isinstance(n, ast.Assign) and not uses_names(n)]     # constants need not be listed
     space = {}
     exec(compile(ast.Module(kept, []), "piece", "exec"), space)
-    assert callable(space[name])
+    space |= {"z": torch.zeros(2, 1, 8), "t": torch.full((2,), 0.5), "path": str(tmp_path / "file")}
+    assert eval(USES.get(name, f"callable({name})"), space)
 
 
 def test_every_definition_is_documented_and_nothing_refers_down():
@@ -1014,6 +1046,14 @@ def test_every_definition_is_documented_and_nothing_refers_down():
     for name, node in DEFINITIONS.items():
         assert "Lifts out with: " in " ".join(ast.get_docstring(node).split()), name
         assert all(lines[other] < node.lineno for other in uses(node)), name
+
+
+def test_every_argument_is_read():
+    """By ast: no function has a parameter that its body never names (self and _ aside)."""
+    for f in [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]:
+        every = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, *filter(None, (f.args.vararg, f.args.kwarg))]
+        read = {n.id for statement in f.body for n in ast.walk(statement) if isinstance(n, ast.Name)}
+        assert not {a.arg for a in every} - read - {"self", "_"}, f.name
 
 
 def test_chapters_and_imports():
