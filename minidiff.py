@@ -1752,7 +1752,7 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
 
 
 def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size=4, lr=5e-4,
-                crop=8192, kl_weight=1e-3, adversarial_from=None, resume=False, settings=None):
+                crop=8192, kl_weight=0.05, adversarial_from=None, resume=False, settings=None):
     """Train a SnakeVAE on random windows of `crop` samples; its averaged weights end in `codec`.
 
     L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
@@ -2203,10 +2203,10 @@ OPTIONS = """
 --net              t    unet   unet|tutorial           the network, chapter 4
 --objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
---steps            tse  -      1..                     train: diffusion steps (600); else sampling
+--steps            tse  -      1..                     train: diffusion steps (900); else sampling
                                                        steps (16; heun 9)
---codec-steps      ct   1600   1..                     steps of the Snake VAE
---batch-size       t    64     1..                     sounds in a diffusion step
+--codec-steps      ct   2600   1..                     steps of the Snake VAE
+--batch-size       t    32     1..                     sounds in a diffusion step
 --lr               t    0.001  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step when its discriminator joins
                                                        (never)
@@ -2416,7 +2416,7 @@ def command_train(options, given, device):
           f"recordings to train on, {len(data.valid)} held out, on {device}")
     able = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
-    train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 600,  # default
+    train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 900,  # default
                     options.run / "model.pt", seed, options.batch_size, options.lr,
                     settings["condition"], precision, options.resume, settings)
     if rank == 0:
