@@ -1752,7 +1752,7 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
 
 
 def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size=4, lr=5e-4,
-                crop=8192, kl_weight=0.05, adversarial_from=None, resume=False, settings=None):
+                crop=8192, kl_weight=1e-3, adversarial_from=None, resume=False, settings=None):
     """Train a SnakeVAE on random windows of `crop` samples; its averaged weights end in `codec`.
 
     L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
@@ -2373,8 +2373,12 @@ def prepare_codec(options, settings, recordings, device):
         print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
               f"{int((~recordings.valid).sum())} recordings at {rate} Hz, on {device}")
         kept = {k: settings[k] for k in ("data", "codec", "seconds", "seed", "sample_rate")}
+        # What the decoder gains from a latent shrinks with the level of the sound, what the KL charges
+        # does not: 0.05 suits strings near full scale, and silences every channel of quiet ones.
+        built_in = settings["data"] in ("plucks", "melodies")
         train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
-                    adversarial_from=options.adversarial_from, resume=options.resume, settings=kept)
+                    kl_weight=0.05 if built_in else 1e-3, resume=options.resume,
+                    adversarial_from=options.adversarial_from, settings=kept)
     codec = open_codec(path, settings, device)
     frames = codec.frames(round(recordings.seconds * rate))
     settings |= {"channels": codec.channels, "sources": recordings.sources, "frames": frames,

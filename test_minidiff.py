@@ -208,6 +208,8 @@ def test_guided_net():
     assert run(0.0, interval=(0.6, 1.0)) == [5, 7]                  # outside it w is 1, whatever it is inside
     mixed = m.GuidedNet(net, 3.0, interval=(0.4, 0.6))(x, torch.tensor([0.5, 0.9]), labels=labels)
     assert mixed[:, 0, 0].tolist() == [17, 7]                       # one item inside, one outside
+    mixed = m.GuidedNet(net, 0.0, interval=(0.4, 0.6))(x, torch.tensor([0.5, 0.9]), labels=labels)
+    assert mixed[:, 0, 0].tolist() == [-1, 7]
     double = m.GuidedNet(lambda x, t, labels: x * (labels[:, :, None] + 2.0), 3.0, rescale=1.0)     # c = 2 x, u = x
     wave = torch.randn(2, 1, 50, generator=seeded())
     assert torch.allclose(double(wave, t, labels=0 * labels), 2 * wave, atol=1e-5)    # 4 x at c's deviation
@@ -921,14 +923,14 @@ class StubCodec(torch.nn.Module):
 
 
 def test_train_codec(tmp_path, monkeypatch):
-    """Variance 4: z deviates by 2, KL is (4 - 1 - ln 4) / 2, taken 0.05 times; the judge joins at its step; averaged weights."""
+    """Variance 4: z deviates by 2, KL is (4 - 1 - ln 4) / 2, times its weight; the judge joins at its step; averaged weights."""
     calls, backward = [], m.LossBalancer.backward
     monkeypatch.setattr(m.LossBalancer, "backward", lambda self, losses, output, free: (
         calls.append((len(losses), free["kl"].item(), codec.deviation)), backward(self, losses, output, free)))
     codec = StubCodec()
-    m.train_codec(codec, m.Plucks(12), 2, tmp_path / "codec.pt", adversarial_from=1)
+    m.train_codec(codec, m.Plucks(12), 2, tmp_path / "codec.pt", kl_weight=0.25, adversarial_from=1)
     assert [losses for losses, _, _ in calls] == [3, 5]
-    assert calls[0][1:] == pytest.approx((0.05 * (3 - math.log(4)) / 2, 2), rel=0.02)
+    assert calls[0][1:] == pytest.approx((0.25 * (3 - math.log(4)) / 2, 2), rel=0.02)
     state = m.load_checkpoint(tmp_path / "codec.pt")
     assert codec.weight == state["ema"]["module"]["weight"] != state["net"]["weight"]
 
