@@ -2373,7 +2373,7 @@ def prepare_codec(options, settings, recordings, device):
         print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
               f"{int((~recordings.valid).sum())} recordings at {rate} Hz, on {device}")
         kept = {k: settings[k] for k in ("data", "codec", "seconds", "seed", "sample_rate")}
-        # What the decoder gains from a latent shrinks with the level of the sound, what the KL charges
+        # What a latent gains the decoder shrinks with the level of the sound, what the KL charges
         # does not: 0.05 suits strings near full scale, and silences every channel of quiet ones.
         built_in = settings["data"] in ("plucks", "melodies")
         train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
