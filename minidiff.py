@@ -433,8 +433,8 @@ def heun(velocity, x, times, callback=None):
     """Follow dx/dt = velocity(x, t) along falling `times` with Heun's second-order rule.
 
     x' = x + h d,   x <- x + h (d + d') / 2,   d = velocity(x, t),   d' = velocity(x', t + h)
-    ([3] Algorithm 1). Arguments as for euler, the last time 0. Costs 2n - 1 evaluations, error of
-    order h^2. Lifts out with: nothing.
+    ([3] Algorithm 1). x [B, ...] and the rest as for euler, the last time 0. Costs 2n - 1
+    evaluations, error of order h^2. Lifts out with: nothing.
     """
     for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         if callback:
@@ -785,7 +785,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, b
 
 
 def envelope(audio, hop):
-    """The largest |x| in every hop: [B, T] -> [B, ceil(T / hop)]. Lifts out with: nothing."""
+    """The largest |x| in every hop (seeds/004): [B, T] -> [B, L]. Lifts out with: nothing."""
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 
@@ -1087,7 +1087,7 @@ def feature_matching_loss(real, fake):
 class LossBalancer:
     """Turn weights into shares of the gradient at the output ([12] section 3.4).
 
-    balanced = sum_i w_i / sum(w) * total_norm * g_i / <|g_i|>,   g_i = d loss_i / d output,
+    balanced = sum_i w_i / sum(w) * total_norm * g_i / <|g_i|>,   g_i = dloss_i / doutput [B, ...],
     |.| the norm per item, mean over the batch, and <.> its bias-corrected running mean. Divided by
     its norm, a loss says where to go and not how loud; doubling it changes nothing.
 

@@ -1296,6 +1296,18 @@ def test_every_definition_is_documented_and_nothing_refers_down():
         assert all(lines[other] < node.lineno for other in uses(node)), name
 
 
+def test_formulas_have_sources_and_tensors_have_axes():
+    """Each formula names its paper or seed; each piece that takes tensors names their axes."""
+    formulas = """RectifiedFlow VPDiffusion EDM karras_times polyexponential_times guide classifier_guidance heun dpmpp_3m_sde optimise_noise
+        time_embedding SelfAttention UNet1d TutorialUNet envelope pitch_track Snake SnakeVAE kl_divergence stft_loss STFTDiscriminator
+        hinge_discriminator_loss hinge_generator_loss feature_matching_loss LossBalancer EMA learning_rate drop_conditions frechet_distance"""
+    tensors = """expand standard_normal guide GuidedNet euler heun dpmpp_3m_sde optimise_noise time_embedding ResidualBlock SelfAttention UNet1d
+        load_audio save_audio resample pluck envelope pitch_track note_pitch Snake ResidualUnit Recurrent SnakeVAE stft_loss STFTDiscriminator
+        LossBalancer LatentDataset drop_conditions reference_losses frechet_distance generate measure spectrogram"""
+    for names, pattern in ((formulas, r"\[\d+\]|seeds/|Boersma"), (tensors, r"\[(B|N|T|C|n|\.\.\.)")):
+        assert not [n for n in names.split() if not re.search(pattern, ast.get_docstring(DEFINITIONS[n]))]
+
+
 def test_every_argument_is_read():
     """By ast: no function has a parameter that its body never names (self and _ aside)."""
     for f in [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]:
