@@ -406,7 +406,7 @@ def classifier_guidance(objective, denoise, log_likelihood):
 # (one "NFE"), and that is all the time there is to save. Euler looks once per step; Heun looks
 # again where Euler landed and takes the mean ([3] Alg. 1): halving the step divides its error by
 # four, not by two. Try: `sample --sampler euler --steps 16` and `--sampler heun --steps 8` cost
-# about the same, 16 and 15 looks; so do euler with 4 and heun with 2, where you can hear it.
+# about the same, 16 and 15 looks.
 #
 # The noise need not stay out. The SDE of the lecture, dX = f dt + g dB, run backwards, is dx = (f -
 # g^2 score) dt + g dB~, and the ODE above is the same with half the score and no dB~ ([18] eq. 6
