@@ -6,13 +6,14 @@ noise becomes a note that was never played. Nothing uses a name that stands belo
 the top; copy what you need, the end of each docstring says what must come along.
 
 The alphabet, the same on every page
-    B batch   T audio samples   C latent channels   L latent frames   D feature width   K label
-    slots audio is [B, T], mono, float32 in [-1, 1]; latents are [B, C, L]; times and noise levels
-    are [B] x_0 is data, noise is N(0, I), and between them  x_t = alpha(t) x_0 + sigma(t) noise t =
-    0 is data, the largest t is noise; samplers walk down from there to t = 0 velocity is dx/dt, the
-    direction in which t grows: away from the data w is the guidance scale: u + w (c - u).  w = 1 is
-    no guidance, w = 0 ignores the condition what is not given is -1 where it is an integer
-    (labels), NaN where it is a curve (controls)
+    B batch    T audio samples    C latent channels    L latent frames    D features    K labels
+    Brackets hold axes. Audio is [B, T], mono, float32 in [-1, 1]; latents are [B, C, L]; times and
+    noise levels are [B].
+    x_0 is data, noise is N(0, I), and between them lies x_t = alpha(t) x_0 + sigma(t) noise.
+    t = 0 is data, the largest t is noise; samplers walk from there down to 0.
+    velocity is dx/dt, and t grows towards the noise: velocity points away from the data.
+    w is the guidance scale in u + w (c - u): w = 1 is no guidance, w = 0 ignores the condition.
+    What is not given is -1 where it is an integer (labels), NaN where it is a curve (controls).
 
 The chapters
     1. Noising and objectives: what does the network learn?
@@ -28,14 +29,17 @@ The chapters
     11. The command line: python minidiff.py --help
 
 References, cited by number (arXiv)
-    [1] Rectified flow 2209.03003   [2] Logit-normal times 2403.03206   [3] EDM 2206.00364
-    [4] Classifier-free guidance 2207.12598   [5] Guidance rescaling 2305.08891   [6] Guidance
-    interval 2404.07724   [7] DPM-Solver++ 2211.01095   [8] DITTO 2401.12179   [9] Diff-A-Riff
-    2406.08384   [10] Stable Audio Open 2407.14358   [11] Snake 2006.08195   [12] EnCodec 2210.13438
-    [13] VAE 1312.6114   [14] NSynth 1704.01279   [15] Music2Latent 2408.06500   [16] Frechet
-    distance 1706.08500   [17] v-prediction 2202.00512   [18] Score SDEs 2011.13456   [19] Attention
-    1706.03762 [20] Classifier guidance 2105.05233   [21] EDM2 2312.02696   [22] Parallel WaveGAN
-    1910.11480
+     [1] Rectified flow            2209.03003    [2] Logit-normal times        2403.03206
+     [3] EDM                       2206.00364    [4] Classifier-free guidance  2207.12598
+     [5] Guidance rescaling        2305.08891    [6] Guidance interval         2404.07724
+     [7] DPM-Solver++              2211.01095    [8] DITTO                     2401.12179
+     [9] Diff-A-Riff               2406.08384   [10] Stable Audio Open         2407.14358
+    [11] Snake                     2006.08195   [12] EnCodec                   2210.13438
+    [13] VAE                       1312.6114    [14] NSynth                    1704.01279
+    [15] Music2Latent              2408.06500   [16] Frechet distance          1706.08500
+    [17] v-prediction              2202.00512   [18] Score SDEs                2011.13456
+    [19] Attention                 1706.03762   [20] Classifier guidance       2105.05233
+    [21] EDM2                      2312.02696   [22] Parallel WaveGAN          1910.11480
 """
 import argparse
 import base64
@@ -72,9 +76,8 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------------------
 # Take a clean latent x_0, draw noise, draw a time t, and mix: x_t = alpha(t) x_0 + sigma(t) noise.
 # Show the network x_t and t and ask which x_0 it came from. It cannot know: many could have given
-# this x_t. Squared error makes it answer with their mean, D(x_t, t) = E[x_0 | x_t], the constant of
-# least squared error. That one function is all there is to learn. It has four dresses, each a
-# linear change of the others at known x_t and t:
+# this x_t. The answer of least squared error is their mean, D(x_t, t) = E[x_0 | x_t]. That one
+# function is all there is to learn. Given x_t and t it has four dresses, each linear in the others:
 #
 #     denoiser  D                              what x_0 was, on average
 #     noise     (x_t - alpha D) / sigma        what was added, on average
@@ -82,22 +85,18 @@ from torch.utils.checkpoint import checkpoint
 #     score     (alpha D - x_t) / sigma^2      the gradient of log p_t: towards likelier x_t
 #
 # Why the mean arrow is enough: the paths x_0 -> noise cross, but how much probability flows through
-# a point depends only on the average arrow there. Follow the average, as chapter 3 does, and every
-# p_t is visited in turn, down to the data at t = 0 ([1] theorem 3.3). Three sets of coefficients:
+# a point depends on the average arrow there alone. Follow it, as chapter 3 does, and every p_t is
+# visited in turn, down to the data at t = 0 ([1] theorem 3.3). Three sets of coefficients:
 #
-#                     alpha(t)        sigma(t)        the network answers            t goes from
-#     RectifiedFlow   1 - t           t               x_0 - noise                    0 to 1
-#     VPDiffusion     cos(angle(t))   sin(angle(t))   alpha noise - sigma x_0        0 to 1
-#     EDM             1               t               (x_0 - c_skip x_t) / c_out     0.002 to 80
+#                     alpha(t)        sigma(t)        the network answers         t goes from
+#     RectifiedFlow   1 - t           t               x_0 - noise                 0 to 1
+#     VPDiffusion     cos(angle(t))   sin(angle(t))   alpha noise - sigma x_0     0 to 1
+#     EDM             1               t               a x_0 + b noise, see there  0.002 to 80
 #
-# They are one thing. Only sigma / alpha, the noise-to-signal ratio, decides how hard the question
-# is: divide x_t by alpha and it is EDM's x_t at noise level sigma / alpha. So one ideal denoiser,
-# with a change of scale and of clock, serves all three. Other codebases call the same arrow:
-#
-#     the tutorial, and here    network = x_0 - noise      t = 1 is noise   x <- x + network / steps
-#     minRF                     network = noise - x_0      t = 1 is noise   x <- x - network / steps
-#     Stable Audio ("v")        alpha noise - sigma x_0    t = 1 is noise   alpha, sigma = cos, sin
-#     Meta's flow_matching      x_1 - x_0, x_1 the data    t = 1 is data    x <- x + network / steps
+# They are one thing. Question and answer are mixtures of x_0 and noise: two equations for two
+# unknowns, solved once for all (`solve`). And only sigma/alpha, noise to signal, makes a question
+# hard: divide x_t by alpha and it is EDM's x_t at that level. So one ideal denoiser, with a change
+# of scale and clock (`time_at`), serves all. What others call v, README.md says.
 
 
 def expand(t, x):
@@ -108,9 +107,8 @@ def expand(t, x):
 def standard_normal(shape, generator=None, device=None):
     """N(0, 1) numbers of `shape` [B, ...], float32, on `device`, or else where they are drawn.
 
-    generator: None (torch's global one), one torch.Generator, or a list with one per item: item i
-    is then the same in any batch, and drawn on the CPU the same on any device. ValueError if the
-    list is not B long. Lifts out with: nothing.
+    generator: None (torch's global one), a torch.Generator, or a list of B (else ValueError): item
+    i is then the same in any batch, and on any device if drawn on the CPU. Lifts out with: nothing.
     """
     if not isinstance(generator, (list, tuple)):
         where = device if generator is None else generator.device
@@ -130,26 +128,20 @@ def linear_times(steps, start=1.0):
 def noise_ramp(steps, sigma_min, sigma_max, rho):
     """Even numbers from 1 to 0, [steps], for a range that is one. Lifts out with: nothing."""
     if steps < 1 or not 0 < sigma_min <= sigma_max or rho <= 0:
-        raise ValueError("need steps >= 1, 0 < sigma_min <= sigma_max, rho > 0, "
-                         f"got {steps=}, {sigma_min=}, {sigma_max=}, {rho=}")
+        raise ValueError("need at least one step, 0 < sigma_min <= sigma_max and rho > 0, "
+                         f"got {steps=}, {sigma_min=:g}, {sigma_max=:g}, {rho=:g}")
     return torch.linspace(1.0, 0.0, steps, dtype=torch.float64)
 
 
 def karras_times(steps, sigma_min, sigma_max, rho=7.0):
-    """Noise levels even in sigma^(1/rho), then 0: [steps + 1], float64 on the CPU ([3] eq. 5).
-
-    A larger rho spends more steps at little noise. Lifts out with: noise_ramp.
-    """
+    """Levels even in sigma^(1/rho), then 0: [steps + 1] ([3] eq. 5). Lifts out with: noise_ramp."""
     ramp = noise_ramp(steps, sigma_min, sigma_max, rho)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return F.pad((low + ramp * (high - low)) ** rho, (0, 1))
 
 
 def polyexponential_times(steps, sigma_min, sigma_max, rho=1.0):
-    """sigma = sigma_min (sigma_max / sigma_min)^(ramp^rho), then 0: [steps + 1], float64, CPU.
-
-    rho = 1 is even in ln sigma: the grid of Stable Audio Open [10]. Lifts out with: noise_ramp.
-    """
+    """Even in ln sigma if rho = 1, then 0: [steps + 1], as in [10]. Lifts out with: noise_ramp."""
     ramp = noise_ramp(steps, sigma_min, sigma_max, rho)
     return F.pad(sigma_min * (sigma_max / sigma_min) ** ramp ** rho, (0, 1))
 
@@ -157,34 +149,30 @@ def polyexponential_times(steps, sigma_min, sigma_max, rho=1.0):
 class NoisingProcess:
     """What the processes share: x, noise [B, ...], t [B] or a float, cond as the network takes it.
 
-    Each adds `alpha`, `squash`, and two linear maps: `target`, what the network should answer, and
-    `denoise`, what its answer says of x_0. Lifts out with: expand, linear_times, standard_normal.
+    Each adds alpha(t); slopes(t), the derivatives of alpha and sigma; answer(t), the a and b of
+    what the network answers, a x_0 + b noise; time_at(ratio), the t where sigma/alpha is that;
+    squash, normal numbers to training times. Lifts out with: expand, linear_times, standard_normal.
     """
     t_max = 1.0
+    sigma = lambda self, t: t
+    start = lambda self, noise: self.t_max * noise                 # x_t where the data are lost
+    times = lambda self, steps, start=1.0: linear_times(steps, start)
+    ask = lambda self, x_t, t: (x_t, t)                            # what the network is shown
+    denoise = lambda self, net, x_t, t, **cond: self.solve(net, x_t, t, **cond)[0]       # x_0
 
     def __init__(self, p_mean=0.0, p_std=1.0):
         self.p_mean, self.p_std = p_mean, p_std
 
-    def sigma(self, t):
-        return t
+    def sample_times(self, n, generator=None):
+        return self.squash(self.p_mean + self.p_std * standard_normal((n,), generator))       # [n]
 
     def add_noise(self, x, noise, t):
         t = expand(t, x)
         return self.alpha(t) * x + self.sigma(t) * noise
 
-    def start(self, noise):
-        return self.t_max * noise                                  # x_t where the data are lost
-
-    def times(self, steps, start=1.0):
-        return linear_times(steps, start)
-
-    def sample_times(self, n, generator=None):
-        """[n] times to train at: normal numbers, squashed into the range of t."""
-        return self.squash(self.p_mean + self.p_std * standard_normal((n,), generator))
-
-    def ask(self, x_t, t):
-        """What the network is shown: [B, ...] and [B]."""
-        return x_t, t
+    def target(self, x, noise, t):
+        a, b = self.answer(expand(t, x))
+        return a * x + b * noise
 
     def loss(self, net, x, generator=None, reduce=True, **cond):
         """Squared error of the answer at one time and one noise per item: scalar, or [B]."""
@@ -195,101 +183,82 @@ class NoisingProcess:
     def loss_at(self, net, x, noise, t, reduce=True, **cond):
         """The same at given noise and times [B]: for validation."""
         answer = net(*self.ask(self.add_noise(x, noise, t), t), **cond)                  # [B, ...]
-        error = (answer - self.target(x, noise, expand(t, x))).square().flatten(1).mean(1)
+        error = (answer - self.target(x, noise, t)).square().flatten(1).mean(1)
         return error.mean() if reduce else error
 
+    def solve(self, net, x_t, t, **cond):
+        """x_0 and noise out of x_t = alpha x_0 + sigma noise and answer = a x_0 + b noise."""
+        answer, t = net(*self.ask(x_t, t), **cond), expand(t, x_t)
+        alpha, sigma, (a, b) = self.alpha(t), self.sigma(t), self.answer(t)
+        determinant = alpha * b - sigma * a                        # -1, 1, -1/c_in: never 0
+        return (b * x_t - sigma * answer) / determinant, (alpha * answer - a * x_t) / determinant
+
     def velocity(self, net, x_t, t, **cond):
-        return self.velocity_to(self.denoise(net, x_t, t, **cond), x_t, t)
+        (x_0, noise), slopes = self.solve(net, x_t, t, **cond), self.slopes(expand(t, x_t))
+        return slopes[0] * x_0 + slopes[1] * noise
 
     def velocity_to(self, x_0, x_t, t):
-        """dx/dt if x_t came from x_0, t > 0; this form where sigma = t and alpha is 1 or 1 - t."""
-        return (x_t - x_0) / expand(t, x_t)
+        """dx/dt if x_t came from x_0, t > 0."""
+        t = expand(t, x_t)
+        noise, slopes = (x_t - self.alpha(t) * x_0) / self.sigma(t), self.slopes(t)
+        return slopes[0] * x_0 + slopes[1] * noise
 
 
 class RectifiedFlow(NoisingProcess):
-    """Straight lines: alpha = 1 - t, sigma = t ([1] eq. 1); the network answers v = x_0 - noise.
+    """Straight lines, alpha = 1 - t, sigma = t; the network answers x_0 - noise = -dx/dt ([1]).
 
     Training times are logit-normal, sigmoid(N(p_mean, p_std^2)): most questions where the answer is
-    least obvious ([2] section 3.1). On data of variance 1 a network that answers 0 has loss 2.
+    least obvious ([2] section 3.1). On data of variance 1, 0 as answer has loss 2.
     Lifts out with: NoisingProcess, expand, linear_times, standard_normal.
     """
     squash = torch.sigmoid
-
-    def alpha(self, t):
-        return 1 - t
-
-    def target(self, x, noise, _):
-        return x - noise
-
-    def denoise(self, net, x_t, t, **cond):
-        """x_0 = x_t + t v: put v = x_0 - noise in, and the noise cancels."""
-        return x_t + expand(t, x_t) * net(x_t, t, **cond)
-
-    def velocity(self, net, x_t, t, **cond):
-        """dx/dt = noise - x_0 = -v, with no division: t = 0 is allowed."""
-        return -net(x_t, t, **cond)
+    alpha = lambda self, t: 1 - t
+    slopes = lambda self, t: (-1.0, 1.0)
+    answer = lambda self, t: (1.0, -1.0)
+    time_at = lambda self, ratio: ratio / (1 + ratio)
 
 
 class VPDiffusion(NoisingProcess):
     """Variance preserving: alpha^2 + sigma^2 = 1, a walk on a circle ([17] appendix D, seeds/003).
 
     sigma = sin(angle), alpha = cos(angle), angle = pi/2 (t + s)/(1 + s), t uniform in [0, 1]. The
-    network answers the tangent v = alpha noise - sigma x_0; if it answers 0, data of variance 1
-    give loss 1. Samples end at sigma(0), small but not 0.
+    network answers the tangent v = alpha noise - sigma x_0; dx/dt is v times the angle's speed. On
+    data of variance 1, 0 as answer has loss 1. Samples end at sigma(0), not quite 0.
     Lifts out with: NoisingProcess, expand, linear_times, standard_normal.
     """
     squash = torch.special.ndtr        # a normal number put through its own distribution: uniform
+    alpha = lambda self, t: torch.sin(self.speed * (1 - t))        # cos(angle), exactly 0 at t = 1
+    sigma = lambda self, t: torch.sin(self.speed * (t + self.s))
+    slopes = lambda self, t: (-self.speed * self.sigma(t), self.speed * self.alpha(t))
+    answer = lambda self, t: (-self.sigma(t), self.alpha(t))
+    time_at = lambda self, ratio: (ratio.atan() / self.speed - self.s).clamp_min(0.0)    # no less
 
     def __init__(self, s=0.008):
         super().__init__()
         self.s, self.speed = s, math.pi / 2 / (1 + s)              # speed = d angle / dt
 
-    def alpha(self, t):
-        return torch.sin(self.speed * (1 - t))                     # cos(angle), exactly 0 at t = 1
-
-    def sigma(self, t):
-        return torch.sin(self.speed * (t + self.s))
-
-    def target(self, x, noise, t):
-        return self.alpha(t) * noise - self.sigma(t) * x
-
-    def denoise(self, net, x_t, t, **cond):
-        """x_0 = alpha x_t - sigma v = (alpha^2 + sigma^2) x_0 + 0 noise."""
-        wide = expand(t, x_t)
-        return self.alpha(wide) * x_t - self.sigma(wide) * net(x_t, t, **cond)
-
-    def velocity(self, net, x_t, t, **cond):
-        """dx/dt = speed v, because alpha' = -speed sigma and sigma' = speed alpha."""
-        return self.speed * net(x_t, t, **cond)
-
-    def velocity_to(self, x_0, x_t, t):
-        """The same through v = (alpha x_t - x_0) / sigma."""
-        t = expand(t, x_t)
-        return self.speed * (self.alpha(t) * x_t - x_0) / self.sigma(t)
-
 
 class EDM(NoisingProcess):
     """Variance exploding: alpha = 1, sigma = t, so that t *is* the noise level ([3] Table 1).
 
-    No network likes an x_t of size 80, so what goes in and out is scaled ([3] eq. 7):
-        D(x_t, t) = c_skip x_t + c_out net(c_in x_t, c_noise).
-    c_in = 1/sqrt(t^2 + sd^2), sd = sigma_data, gives input of variance 1. The target has variance 1
-    if c_out^2 = (1 - c_skip)^2 sd^2 + c_skip^2 t^2; c_skip = sd^2/(t^2 + sd^2) makes this least, so
-    that the network's errors count least. With weight 1/c_out^2 every level counts the same, and
-    the loss is the error of the raw answer: 1 for a network that answers 0. Training levels are
-    log-normal. For sd = 1 this is VPDiffusion in disguise: c_in x_t is its x_t, the target its -v.
+    What goes in and out of the network is scaled, D = c_skip x_t + c_out net(c_in x_t, c_noise)
+    ([3] eq. 7): c_in = 1/sqrt(t^2 + sd^2), sd = sigma_data, so that the input has variance 1. What
+    it should answer, (x_0 - c_skip x_t)/c_out, has variance 1 if c_out^2 = (1 - c_skip)^2 sd^2 +
+    c_skip^2 t^2; c_skip = sd^2/(t^2 + sd^2) makes this least, so that its errors count least. Put
+    in, that is c_in (t x_0/sd - sd noise), our a and b. Weighted by 1/c_out^2 the loss is the raw
+    answer's, 1 if it is 0. Levels are log-normal. For sd = 1 it is VPDiffusion, its answer -v.
     Lifts out with: NoisingProcess, expand, karras_times, linear_times, noise_ramp, standard_normal.
     """
     squash = torch.exp
+    alpha = lambda self, t: torch.ones_like(t)
+    slopes = lambda self, t: (0.0, 1.0)
+    time_at = lambda self, ratio: ratio
 
     def __init__(self, sigma_data=1.0, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0,
                  rho=7.0):
         super().__init__(p_mean, p_std)
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.t_max, self.rho = sigma_max, rho
-
-    def alpha(self, t):
-        return torch.ones_like(t)
 
     def times(self, steps, start=None):
         start = self.sigma_max if start is None else start
@@ -304,13 +273,9 @@ class EDM(NoisingProcess):
     def ask(self, x_t, t):
         return self.preconditioning(expand(t, x_t))[2] * x_t, self.preconditioning(t)[-1]
 
-    def target(self, x, noise, t):
-        # (x_0 - c_skip x_t) / c_out with x_t put in, so that nothing large cancels.
-        return self.preconditioning(t)[2] * (t * x / self.sigma_data - self.sigma_data * noise)
-
-    def denoise(self, net, x_t, t, **cond):
-        c_skip, c_out, _, _ = self.preconditioning(expand(t, x_t))
-        return c_skip * x_t + c_out * net(*self.ask(x_t, t), **cond)
+    def answer(self, t):
+        c_in = self.preconditioning(t)[2]
+        return c_in * t / self.sigma_data, -c_in * self.sigma_data
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,18 +288,17 @@ class EDM(NoisingProcess):
 #     p_w(x | c)  ~  p(x) p(c | x)^w,     score_w = score_u + w (score_c - score_u).
 #
 # w > 1 asks for notes that are *more clearly* pitch 60 than the data are. The lecture writes the
-# same as (1 - gamma) u + gamma c, gamma = w, others as (1 + w') c - w' u, w' = w - 1 ([4] eq. 6).
-# Score, denoiser, velocity and the network's answer are linear changes of each other, the same for
-# u and for c, so it does not matter which of them is guided. The power is right at t = 0 only; at
-# high noise it exaggerates, and large w gives loud, alike notes. `rescale` gives the loudness back
-# [5]; `interval` guides in the middle of the way only [6].
+# same as (1 - gamma) u + gamma c with gamma = w, [4] as c + w' (c - u), w' = w - 1. The dresses of
+# chapter 1 are linear in each other, so it does not matter which is guided. The power is right at
+# t = 0 only; at high noise it exaggerates, and large w gives loud, alike notes: `rescale` gives the
+# loudness back [5], `interval` guides in the middle of the way only [6].
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
-    """Guidance u + w (c - u), w = scale; rescale phi in [0, 1] takes back the gain in loudness.
+    """u + w (c - u) of conditional c and unconditional u [B, ...]; scale w: a float or [B, 1, ...].
 
-    conditional, unconditional [B, ...] -> [B, ...]; scale a float or [B, 1, ...]. phi mixes in the
-    result at c's deviation, taken per item ([5] section 3.4). Lifts out with: nothing.
+    rescale phi in [0, 1] mixes in the result at c's deviation, taken per item over all other axes:
+    the gain in loudness goes ([5] section 3.4). Lifts out with: nothing.
     """
     guided = unconditional + scale * (conditional - unconditional)
     if rescale == 0:
@@ -349,11 +313,10 @@ def guide(conditional, unconditional, scale, rescale=0.0):
 class GuidedNet:
     """A network with guidance inside, called as the plain one, so that objectives do not notice.
 
-    net: (x [B, ...], t [B], **cond) -> [B, ...]. Conditions are tensors [B, ...] or None. The
-    second pass gets -1 for integers and NaN for curves, or what the dict `negative` says instead:
-    "not like this". interval: None or (low, high) in the t that the network sees; outside it w is
-    1. Both passes go through as one batch of 2B; w = 1 and w = 0 need one pass of B.
-    Lifts out with: expand, guide.
+    net: (x [B, ...], t [B], **cond) -> [B, ...]; conditions are tensors [B, ...] or None. u gets -1
+    for integers and NaN for curves, or what the dict `negative` says: "not like this". interval:
+    None or (low, high) in the t that the network sees; outside it w is 1. c and u are one batch of
+    2B; w = 1 and w = 0 need one of B. Lifts out with: expand, guide.
     """
 
     def __init__(self, net, scale, rescale=0.0, interval=None, negative=None):
@@ -379,10 +342,9 @@ class GuidedNet:
 def classifier_guidance(objective, denoise, log_likelihood):
     """Steer by a classifier: D + (sigma^2 / alpha) d log p(y | x_0 = D) / dx_t ([20] section 4.2).
 
-    Bayes adds that gradient to the score, and D = (x_t + sigma^2 score) / alpha (chapter 1's last
-    dress). denoise: (x_t [B, ...], t [B]) -> [B, ...]. log_likelihood: (x_0 [B, ...], t [B]) ->
-    [B]; t lets it be less sure while D is still a guess. Returns a new denoise(x_t, t), which
-    `velocity_to` makes a velocity. Lifts out with: expand.
+    Bayes adds that gradient to the score, and D = (x_t + sigma^2 score)/alpha. denoise: (x_t, t) ->
+    x_0 [B, ...]; log_likelihood: (x_0, t) -> [B], less sure while t is large. Returns a denoise;
+    `velocity_to` makes a velocity of it. Lifts out with: expand.
     """
     def guided(x_t, t):
         with torch.enable_grad():
@@ -390,8 +352,8 @@ def classifier_guidance(objective, denoise, log_likelihood):
             x_0 = denoise(x, t)
             gradient, = torch.autograd.grad(log_likelihood(x_0, t).sum(), x)
         alpha, sigma = objective.alpha(expand(t, x_t)), objective.sigma(expand(t, x_t))
-        # Where alpha = 0, x_t knows nothing of x_0, and no classifier can see anything in it.
-        return x_0.detach() + torch.where(alpha > 0, sigma ** 2 / alpha * gradient, 0.0)
+        push = torch.where(alpha > 0, sigma ** 2 / alpha * gradient, 0.0)     # alpha = 0: all noise
+        return x_0.detach() + push
     return guided
 
 
@@ -399,28 +361,22 @@ def classifier_guidance(objective, denoise, log_likelihood):
 # 3. Samplers: how few questions does it take to get from noise to a note?
 # --------------------------------------------------------------------------------------------------
 # Chapter 1 gave us velocity(x, t) = dx/dt. A sampler starts at noise and follows it down to t = 0:
-#
 #     x(0) = x(t_max) + integral of velocity(x(t), t) dt   from t_max to 0.
+# So it is an ODE solver. Each look at the arrow costs one pass through the network (one "NFE").
+# Euler looks once per step; Heun looks again where Euler landed and takes the mean: half the step,
+# a quarter of the error. Try `sample --sampler euler --steps 16`, and `heun` with 8: 15 looks.
 #
-# So it is an ODE solver and nothing else. Each look at the arrow costs one pass through the network
-# (one "NFE"), and that is all the time there is to save. Euler looks once per step; Heun looks
-# again where Euler landed and takes the mean ([3] Alg. 1): halving the step divides its error by
-# four, not by two. Try: `sample --sampler euler --steps 16` and `--sampler heun --steps 8` cost
-# about the same, 16 and 15 looks.
-#
-# The noise need not stay out. The SDE of the lecture, dX = f dt + g dB, run backwards, is dx = (f -
-# g^2 score) dt + g dB~, and the ODE above is the same with half the score and no dB~ ([18] eq. 6
-# and 13): fresh noise on the way, and twice the pull to correct it, leave every p_t as it was. It
-# costs accuracy at few steps and forgives the network's errors at many. dpmpp_3m_sde has both: eta
-# = 0 is the ODE, eta = 1 the SDE.
+# The noise need not stay out. The lecture's SDE, dX = f dt + g dB, run backwards is
+# dx = (f - g^2 score) dt + g dB~; the ODE above has half the score and no dB~ ([18] eq. 6 and 13).
+# Fresh noise, and twice the pull to correct it, leave every p_t as it was. dpmpp_3m_sde has both:
+# eta = 0 is the ODE, eta = 1 the SDE.
 
 
 def euler(velocity, x, times, callback=None):
     """Follow dx/dt = velocity(x, t) along falling `times` by Euler's rule, x <- x + h velocity.
 
-    h = t_next - t is negative. velocity: (x [B, ...], t [B]) -> [B, ...]. times: [n + 1].
-    callback(i, t, x) is called before each step. Costs n evaluations, error of order h.
-    Lifts out with: nothing.
+    velocity: (x [B, ...], t [B]) -> [B, ...]; times: [n + 1]; callback(i, t, x) comes before each
+    step. n evaluations, error of order h. Lifts out with: nothing.
     """
     for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         if callback:
@@ -433,8 +389,8 @@ def heun(velocity, x, times, callback=None):
     """Follow dx/dt = velocity(x, t) along falling `times` with Heun's second-order rule.
 
     x' = x + h d,   x <- x + h (d + d') / 2,   d = velocity(x, t),   d' = velocity(x', t + h)
-    ([3] Algorithm 1). x [B, ...] and the rest as for euler, the last time 0. Costs 2n - 1
-    evaluations, error of order h^2. Lifts out with: nothing.
+    ([3] Algorithm 1). x [B, ...] and the rest as for euler, the last time 0. 2n - 1 evaluations,
+    error of order h^2. Lifts out with: nothing.
     """
     for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
         if callback:
@@ -442,9 +398,7 @@ def heun(velocity, x, times, callback=None):
         h, d = t_next - t, velocity(x, x.new_full((len(x),), t))                         # [B, ...]
         x_euler = x + h * d
         if t_next == 0:
-            # At t = 0 EDM's velocity (x - D) / t is 0/0. The Euler step from the last t > 0 lands
-            # exactly on D, the denoised estimate, so there is nothing left to correct.
-            return x_euler
+            return x_euler        # Euler lands on D, the estimate of x_0: nothing left to correct
         x = x + h * (d + velocity(x_euler, x.new_full((len(x),), t_next))) / 2
     return x
 
@@ -461,14 +415,11 @@ def dpmpp_3m_sde(denoise, x, times, eta=1.0, alpha=torch.ones_like, sigma=lambda
         drift = (1 - e^-k) D + h phi_2 D' - h^2 phi_3 D'',
         phi_2 = 1 - (1 - e^-k)/k,   phi_3 = phi_2/k - 1/2.
     D' and D'' come from the parabola through the last three D. With d2 = h^2 D''/2 the last term is
-    -2 phi_3 d2; published codes carry -phi_3 d2, which leaves them at second order. A parabola
-    carried far past its points goes wild: steps want like sizes in lambda (Gaussian data come out
-    at the right size from 16 even times of RectifiedFlow, but only from 64 of VPDiffusion).
-
-    denoise: (x [B, ...], t [B]) -> estimate of x_0 [B, ...]; times: [n + 1]; alpha, sigma:
-    callables of t; generator as for standard_normal. Costs n evaluations. Where alpha = 0 (lambda
-    is minus infinity) the step takes its limit; where sigma_next = 0 it lands on alpha_next D.
-    Lifts out with: standard_normal.
+    -2 phi_3 d2; published codes carry -phi_3 d2, which leaves them at second order. Parabolas
+    carried far go wild: steps want like sizes in lambda, as the polyexponential grid has them.
+    denoise: (x [B, ...], t [B]) -> x_0; times: [n + 1]; alpha, sigma: callables of t; generator as
+    for standard_normal. n evaluations. Where alpha = 0 (lambda is minus infinity) the step takes
+    its limit; where sigma_next = 0 it lands on alpha_next D. Lifts out with: standard_normal.
     """
     alphas, sigmas, times = alpha(times).tolist(), sigma(times).tolist(), times.tolist()
     lam = [math.log(a / s) if a > 0 < s else math.copysign(math.inf, a - s)
@@ -502,10 +453,9 @@ def dpmpp_3m_sde(denoise, x, times, eta=1.0, alpha=torch.ones_like, sigma=lambda
 def optimise_noise(sample, noise, loss, steps, lr):
     """DITTO: the noise [B, ...] whose sample has the smallest loss, by Adam through the sampler.
 
-    sample: noise [B, ...] -> x [B, ...], differentiable; loss: x -> scalar ([8] section 3). The
-    model stays as it is, only where it starts changes. Returns the best noise seen. Memory: with
-    torch.utils.checkpoint around the network, as in `generate`, only one step's activations are
-    alive at a time. Lifts out with: nothing.
+    sample: noise [B, ...] -> x [B, ...], differentiable; loss: x -> scalar ([8] section 3). Returns
+    the best noise seen. With torch.utils.checkpoint around the network, as in `generate`, memory
+    holds the activations of one step at a time. Lifts out with: nothing.
     """
     noise = noise.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([noise], lr)
@@ -674,9 +624,10 @@ class UNet1d(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # A plucked string is a sum of harmonics. The k-th swings at k f0 (a little above, for the string is
 # stiff), starts as loud as the place of the plucking lets it (none at all where it has a node
-# there), and dies away the faster the higher it is:
+# there), and dies away the faster the higher it is. Drawn aside and let go, the string starts at
+# rest, so all of them start together, as cosines:
 #
-#     x(time) = sum_k  sin(pi k p)/k e^(-(k-1) b) e^(-time d_k) sin(2 pi f_k time + phase_k).
+#     x(time) = sum_k  sin(pi k p)/k e^(-(k-1) b) e^(-time d_k) cos(2 pi f_k time).
 #
 # That is a data set that we can make on the spot, and know to be in tune. To hear whether a sound
 # is in tune we ask at which delay it looks most like itself: the autocorrelation. It works where
@@ -756,14 +707,14 @@ def save_audio(path, audio, sample_rate):
 def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, block=128):
     """Synthesise plucked strings, exactly in tune: [B] MIDI pitch, [B] velocity 0..127 -> [B, T].
 
-    The equation of this chapter with a random plucking point, brightness, decay and phases; harder
-    is louder and brighter, |x| <= 0.9. generator as for standard_normal.
+    The equation of this chapter with a random plucking point, brightness and decay; harder is
+    louder and brighter, |x| <= 0.9. generator as for standard_normal.
     Lifts out with: standard_normal.
     """
     T, k = round(seconds * sample_rate), torch.arange(1, harmonics + 1)
-    # The normal distribution function makes uniform numbers of normal ones: three, and the phases.
-    random = torch.special.ndtr(standard_normal((len(pitch), 3 + harmonics), generator)).double()
-    point, bright, decay, phase = random.split([1, 1, 1, harmonics], dim=1)     # [B, 1] and [B, K]
+    # The normal distribution function makes uniform numbers of normal ones.
+    random = torch.special.ndtr(standard_normal((len(pitch), 3), generator)).double()    # 3 numbers
+    point, bright, decay = random.split(1, dim=1)                                        # [B, 1]
     force = velocity.double()[:, None] / 127                                    # 127: the hardest
     f0 = 440 * 2 ** ((pitch.double()[:, None] - 69) / 12)              # A4, 440 Hz, is MIDI 69
     # 1e-4 is a guitar string's stiffness; divided so that f_1 stays exactly where it belongs.
@@ -776,8 +727,8 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, b
     # e^(z time) at time = m + n is e^(z m) e^(z n): all harmonics and blocks, one matrix product.
     z = torch.complex(-d, 2 * math.pi * f) / sample_rate
     m, n = torch.arange(0, T, block), torch.arange(block)
-    left = torch.polar(loud, 2 * math.pi * phase)[:, None] * torch.exp(z[:, None] * m[:, None])
-    audio = (left @ torch.exp(z[:, :, None] * n)).imag.flatten(1)[:, :T]        # [B, T]
+    left = loud[:, None] * torch.exp(z[:, None] * m[:, None])                   # [B, T / block, K]
+    audio = (left @ torch.exp(z[:, :, None] * n)).real.flatten(1)[:, :T]        # [B, T]
     peak = audio.abs().amax(1, keepdim=True).clamp_min(1e-12)         # no harmonic left: 0, not NaN
     when = torch.arange(T) / sample_rate
     fade = (when / 0.003).clamp(max=1) * ((seconds - when) / 0.02).clamp(0, 1)  # 3 ms in, 20 ms out
@@ -793,9 +744,11 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
     """The MIDI pitch around the middle of each hop: [B, T] -> [B, ceil(T / hop)], 0 where unvoiced.
 
     The autocorrelation r of a Hann window over four periods of `low` is divided by the window's own
-    (Boersma, IFA Proceedings 17, 1993): a periodic sound reaches 1 at its period. Multiples of the
-    period are peaks as well; the first above 0.95 of the highest is taken. low, high: MIDI.
-    finer: lags per sample. Lifts out with: nothing.
+    (Boersma, IFA Proceedings 17, 1993): a periodic sound reaches 1 at its period, and again at each
+    multiple. Noise takes the same part 1 - r away from all of them, while half a period, which is a
+    peak where even harmonics are strong, lacks far more: the first peak is taken that lacks at most
+    3 % more than twice what the highest lacks. low, high: MIDI. finer: lags per sample.
+    Lifts out with: nothing.
     """
     frames = -(-audio.shape[1] // hop)
     # Periods, in samples. A4 is 440 Hz and MIDI 69; an octave has 12 semitones.
@@ -815,7 +768,8 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
         left, middle, right = r[..., least - 1:].unfold(-1, 3, 1).unbind(-1)   # 3 lags in a row
         height = torch.where((middle >= left) & (middle > right), middle, 0.0)
         best = height.amax(-1, keepdim=True)
-        first = (height >= 0.95 * best).int().argmax(-1, keepdim=True)         # 0.95: see above
+        enough = 1 - 2 * (1 - best).clamp_min(0) - 0.03                        # 3 %: see above
+        first = (height >= enough).int().argmax(-1, keepdim=True)
         y0, y1, y2 = (y.gather(-1, first) for y in (left, middle, right))
         # The top of the parabola through the three; where they are equal, -1e-12 keeps it finite.
         lag = (first + least + (y0 - y2) / (2 * (y0 - 2 * y1 + y2)).clamp(max=-1e-12)) / finer
@@ -893,6 +847,21 @@ def read_midi(path, most=4_000_000):
             sounding[key] = seconds, data[1] * (status >> 4 == 0x9)    # off: of velocity 0
     notes += [(start, seconds, pitch, v) for (_, pitch), (start, v) in sounding.items()]
     return sorted(note for note in notes if note[-1])                  # without those
+
+
+def midi_curves(notes, frames, frame_seconds, level, fade):
+    """What a control-conditioned model plays notes from: [2, frames], envelope and octaves from C4.
+
+    notes as of read_midi; the highest that sounds is heard. Each starts at level velocity/127 and
+    is `fade` times as loud from frame to frame. A rest is silent, and 5 octaves down, as the pitch
+    of unvoiced frames in training. Lifts out with: nothing.
+    """
+    curves = torch.tensor([[0.0], [-5.0]]).repeat(1, frames)                   # -5: see above
+    for start, end, pitch, velocity in sorted(notes, key=lambda note: note[2]):          # by pitch
+        a, b = (min(round(when / frame_seconds), frames) for when in (start, end))
+        curves[0, a:b] = level * velocity / 127 * fade ** torch.arange(b - a)  # 127: the hardest
+        curves[1, a:b] = (pitch - 60) / 12                                     # MIDI 60 is C4
+    return curves
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1236,20 +1205,23 @@ class Plucks(Recordings):
 
 class Melodies(Plucks):
     """The built-in phrases: plucked notes one after the other, with rests; no labels, but curves.
+    A phrase lasts `lasts` seconds, and training cuts `seconds` out of it.
     Lifts out with: Plucks, Recordings, pluck, standard_normal.
     """
 
-    def __init__(self, count=240, seed=0, seconds=8.0, sample_rate=16_000):
-        super().__init__(count, seed, seconds, sample_rate)
+    def __init__(self, count=240, seed=0, seconds=2.0, sample_rate=16_000, lasts=8.0):
+        self.lasts = max(seconds, lasts)
+        super().__init__(count, seed, self.lasts, sample_rate)
+        self.seconds = seconds
         self.labels, self.sources = torch.full_like(self.labels, -1), []
         self.names = [f"melody {i}" for i in range(count)]
 
     def notes(self, i):
         random = np.random.default_rng([self.seed, i])
         notes, at, pitch = [], 0.0, int(random.integers(50, 68))              # starts in the middle
-        while at < self.seconds:
+        while at < self.lasts:
             lasts = random.choice([0.25, 0.375, 0.5, 0.75, 1.0])                         # seconds
-            end = min(at + float(lasts), self.seconds)
+            end = min(at + float(lasts), self.lasts)
             pitch = int(np.clip(pitch + random.integers(-5, 6), 40, 76))      # leaps up to a fourth
             if random.random() > 0.12:                                             # else a rest
                 notes.append((at, end, pitch, int(random.integers(40, 128))))      # not too soft
@@ -1534,8 +1506,10 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
 class LatentDataset:
     """Windows of `frames` frames out of encoded recordings, standardised, drawn by index.
 
-    folder: what encode_recordings wrote. mean, std [C] are of the training part. All frames live on
-    `device`. Lifts out with: nothing.
+    folder: what encode_recordings wrote. mean, std [C] are of the training part, and so is touch:
+    [0.9 quantile of the envelope in voiced frames, its median ratio from one to the next], what
+    midi_curves asks for, or None without curves. All frames live on `device`.
+    Lifts out with: nothing.
     """
 
     def __init__(self, folder, frames, channels, device="cpu"):
@@ -1545,14 +1519,20 @@ class LatentDataset:
         self.names, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
-        train = flat[np.repeat(~held.numpy(), lengths.numpy()), :channels]
-        mean, std = (torch.tensor(f(0, dtype=np.float64)).float() for f in (train.mean, train.std))
+        train = flat[np.repeat(~held.numpy(), lengths.numpy())]
+        mean, std = (torch.tensor(f(train[:, :channels], 0, dtype=np.float64)).float()
+                     for f in (np.mean, np.std))
         # A channel that the codec hardly uses stays small instead of being blown up to size 1.
         self.mean, self.std = mean.to(device), std.clamp_min(1e-2).to(device)
         self.flat, self.labels, self.first, self.room, self.train, self.valid = (
             x.to(device) for x in (torch.from_numpy(flat), torch.tensor(labels),
                                    lengths.cumsum(0) - lengths, lengths - frames,
                                    (~held).nonzero()[:, 0], held.nonzero()[:, 0]))
+        self.touch, voiced = None, train[:, -1] > 0
+        if train.shape[1] > channels and (both := voiced[1:] & voiced[:-1]).any():
+            loud, soft = train[1:, -2][both], train[:-1, -2][both].clip(1e-6)            # not 0/0
+            # 0.9: louder than most, as a velocity of 127 is.
+            self.touch = [float(np.quantile(loud, 0.9)), float(np.median(loud / soft))]
 
     def window(self, items, starts):
         """items [n], starts [n] in frames -> latents [n, C, L], labels [n, K], curves [n, 2, L] or
@@ -1943,17 +1923,36 @@ def frechet_distance(a, b):
     return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
 
 
+def schedule(objective, grid, steps, start=None, sigma_min=0.002, sigma_max=80.0, rho=None):
+    """Times of any objective, `start` to 0, float64 on the CPU: [steps + 1]. rho None is the usual.
+
+    "linear" is even in t; "karras" and "polyexponential" lay out sigma/alpha, from sigma_max (or
+    what it is at `start`, if less) to sigma_min. ValueError for another grid.
+    Lifts out with: karras_times, linear_times, noise_ramp, polyexponential_times.
+    """
+    start = torch.tensor(objective.t_max if start is None else start, dtype=torch.float64)
+    if grid == "linear":
+        return linear_times(steps, start.item())
+    if grid not in ("karras", "polyexponential"):
+        raise ValueError(f"unknown grid {grid!r}; expected linear, karras or polyexponential")
+    top = min(sigma_max, (objective.sigma(start) / objective.alpha(start)).item())
+    make = karras_times if grid == "karras" else polyexponential_times
+    levels = make(steps, min(sigma_min, top), top, *([] if rho is None else [rho]))
+    return F.pad(objective.time_at(levels[:-1]), (0, 1))
+
+
 def generate(net, objective, shape, sampler="euler", steps=16, seed=0, times=None, eta=1.0,
              init=None, init_noise=None, keep=None, noise=None, callback=None, device="cpu",
              **cond):
     """Sample standardised latents of `shape` [B, C, L]: noise, then a sampler of chapter 3.
 
     Item i's noise comes from seed + i, on the CPU: the same in any batch and on any device. times
-    [steps + 1] are the objective's own unless given. init [B, C, L] starts from latents at noise
-    level init_noise: 0 gives them back, the largest ignores them, all steps run from there. keep
-    [L] bool holds those frames of init fixed while the rest grows around them. Gradients flow to a
-    `noise` that wants them, one step's activations at a time. ValueError: unknown sampler, noise
-    level out of range. Lifts out with: dpmpp_3m_sde, euler, heun, standard_normal.
+    [steps + 1] are the objective's own unless given (see `schedule`). init [B, C, L] starts from
+    latents at noise level init_noise: 0 gives them back, the largest ignores them, all steps run
+    from there. keep [L] bool holds those frames of init fixed while the rest grows around them.
+    Gradients flow to a `noise` that wants them, one step's activations at a time. ValueError:
+    unknown sampler, noise level out of range.
+    Lifts out with: dpmpp_3m_sde, euler, heun, standard_normal.
     """
     if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
         raise ValueError(f"unknown sampler {sampler!r}; expected euler, heun or dpmpp_3m_sde")
@@ -1964,8 +1963,10 @@ def generate(net, objective, shape, sampler="euler", steps=16, seed=0, times=Non
         return init
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     noise = standard_normal(shape, generators, device) if noise is None else noise
-    x = objective.start(noise) if top == objective.t_max else objective.add_noise(init, noise, top)
     times = objective.times(steps, top) if times is None else times
+    # At the top the data are lost: nothing of init is left to start from.
+    signal = torch.zeros_like(noise) if init is None or top == objective.t_max else init
+    x = objective.add_noise(signal, noise, times[0].item())
     frugal = lambda *args, **kwargs: checkpoint(net, *args, use_reentrant=False, **kwargs)
     ask = frugal if noise.requires_grad else net
 
@@ -2022,19 +2023,26 @@ class Run:
         return name, steps or (9 if name == "heun" else 16)        # 2 * 9 - 1 evaluations, or 16
 
 
-def measure(audio, rate, hop, pitch=None, curves=None):
-    """level_db of audio [B, T], and how well it follows what was asked: a dict of means over B.
+FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
 
-    pitch [B], MIDI: pitch_accuracy, the share within 50 cents; unvoiced is wrong. curves [B, 2, L],
-    envelope and octaves from C4 every `hop` samples: followed, the correlation of the envelopes
-    and, of the frames that should be voiced, the share within 50 cents.
+
+def measure(audio, rate, hop, pitch=None, curves=None):
+    """Level, brightness, and how well audio [B, T] does what was asked: a dict of means over B.
+
+    level_db; centroid_hz, the middle of the spectrum. pitch [B], MIDI: pitch_accuracy, the share
+    within 50 cents; unvoiced is wrong. curves [B, 2, L], envelope and octaves from C4 every `hop`
+    samples: envelope_correlation and, of the frames that should be voiced, voiced_within_50_cents.
     Lifts out with: envelope, note_pitch, pitch_track.
     """
     def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
         return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
 
     level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
-    figures = {"level_db": level.mean().item()}
+    size, hertz = 1024, torch.fft.rfftfreq(1024, 1 / rate)         # 1024: 1/16 s at 16 kHz
+    spectrum = torch.stft(audio, size, window=torch.hann_window(size), pad_mode="constant",
+                          return_complex=True).abs().mean(2)                             # [B, f]
+    centroid = (spectrum * hertz).sum(1) / spectrum.sum(1).clamp_min(1e-12)    # silence: not 0/0
+    figures = {"level_db": level.mean().item(), "centroid_hz": centroid.mean().item()}
     if pitch is not None:
         low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
         found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
@@ -2044,70 +2052,120 @@ def measure(audio, rate, hop, pitch=None, curves=None):
         both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
         asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
         close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
-        figures["followed"] = {"envelope_correlation": torch.corrcoef(both)[0, 1].item(),
-                               "voiced_within_50_cents": close.float().mean().item()}
+        follows = torch.corrcoef(both)[0, 1].item(), close.float().mean().item()
+        figures |= dict(zip(FOLLOWING, follows))
     return figures
 
 
+class Comparison:
+    """Held-out sounds of a Run, halved: generated ones get B's conditions and are compared with A.
+
+    A and B [N, C, L], N <= count, so every Frechet distance has equal N, and B against A is its
+    floor. Its features are each channel's mean and deviation over a sound. ValueError if fewer than
+    two pairs are held out. Lifts out with: the whole program.
+    """
+
+    def __init__(self, run, count=185, seed=0):
+        s, self.run, self.seed = run.settings, run, seed
+        self.data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device)
+        valid = self.data.valid
+        self.N = min(count, len(valid) // 2)
+        if self.N < 2:
+            raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 recordings held out, "
+                             f"got {count} and {len(valid)}")
+        pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
+        self.A, (self.B, labels, self.curves) = (
+            self.data.held_out(pick[0::2])[0], self.data.held_out(pick[1::2]))
+        self.cond = run.conditions(labels, self.curves)
+        self.pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
+        self.recorded = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
+
+    def draw(self, w, sampler, steps, net=None, cond=None, **how):
+        """Latents generated at guidance scale w, [N, C, L]."""
+        cond = self.cond if cond is None else cond
+        return generate(GuidedNet(net or self.run.net, w), self.run.objective, self.B.shape,
+                        sampler, steps, self.seed, device=self.run.device, **cond, **how)
+
+    def row(self, title, key, latents, into, pitch=None, curves=None, audio=None):
+        """Print a line of figures for latents [N, C, L]; keep each as into[figure][key]."""
+        codec, audio = self.run.codec, self.run.decode(latents) if audio is None else audio
+        features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
+        figures = {"frechet": frechet_distance(features(latents), features(self.A)),
+                   **measure(audio, codec.sample_rate, codec.hop, pitch, curves)}
+        for figure, value in figures.items():
+            into.setdefault(figure, {})[key] = value
+        tune, (far, level, centroid) = figures.get("pitch_accuracy"), [
+            figures[k] for k in ("frechet", "level_db", "centroid_hz")]
+        follows = [f" {k} {figures[k]:.3f}" for k in FOLLOWING if k in figures]
+        print(f"{title:26}{'-' if tune is None else f'{tune:.3f}':>9}{far:9.3f}{level:10.1f}"
+              f"{centroid:10.0f}", *follows)
+
+
+def evaluate_more(test, result):
+    """Two tables: quality against network evaluations, and what is left of a sound at each noise.
+
+    Lifts out with: the whole program.
+    """
+    result |= {"evaluations": {}, "from_sound": {}}
+    print("\nevaluations of the network, at w = 2")
+    kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
+    for steps, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds):    # all even in log2
+        steps, calls = (steps // 2, steps - 1) if name == "heun" else (steps, steps)
+        title = f"{calls:2} {name}" + f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
+        x = test.draw(2.0, name, steps, eta=eta)
+        test.row(title, title, x, result["evaluations"], test.pitch if test.cond else None)
+    print("\nheld-out sounds, noised to sigma / alpha and denoised without a condition")
+    name, steps = test.run.sampler()
+    for ratio in (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0):               # octaves of noise
+        t = test.run.objective.time_at(torch.tensor(ratio)).item()
+        x = test.draw(1.0, name, steps, cond={}, init=test.B, init_noise=t)
+        title = f"{ratio:g}, --init-noise {t:.2f}"
+        test.row(title, f"{ratio:g}", x, result["from_sound"], test.pitch)
+
+
 @torch.no_grad()
-def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0, 3.0)):
+def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0, 3.0), more=False):
     """Measure a Run on `count` sounds; print a table, write evaluation.json, return it as a dict.
 
-    Held-out sounds are halved into A and B of N <= count. Generated ones get B's conditions and are
-    compared with A; B against A is the floor: every Frechet distance has equal N. Its features are
-    each channel's mean and deviation over a sound. Time, nfe and nearest_ratio are of the first
-    scale. Lifts out with: the whole program.
+    Time, nfe and nearest_ratio are of the first scale; more: two more tables, see `evaluate_more`.
+    Lifts out with: the whole program.
     """
-    s, codec, clock = run.settings, run.codec, time.perf_counter
-    data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device)
-    N = min(count, len(data.valid) // 2)
-    if N < 2:
-        raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 recordings that are held "
-                         f"out, got {count} and {len(data.valid)}")
-    pick = torch.linspace(0, len(data.valid) - 1, 2 * N).round().long().to(run.device)
-    A, (B, labels, curves) = data.held_out(pick[0::2])[0], data.held_out(pick[1::2])
-    cond, (name, steps) = run.conditions(labels, curves), run.sampler(sampler, steps)
-    pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
-    features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame only
+    test, clock, (name, steps) = Comparison(run, count, seed), time.perf_counter, run.sampler(
+        sampler, steps)
+    N, B, pitch, cond = test.N, test.B, test.pitch, test.cond
     result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
-              "pitch_accuracy_real": None, "level_db": {}, "followed": {}, "frechet": {},
-              "frechet_floor": frechet_distance(features(A), features(B))}
-
-    def row(title, key, audio, distance, pitch):
-        figures = measure(audio, codec.sample_rate, codec.hop, pitch, curves)
-        for figure, value in figures.items():
-            result[figure][key] = value
-        tune, more = figures.get("pitch_accuracy"), figures.get("followed", {})
-        print(f"{title:24}{'-' if tune is None else f'{tune:.3f}':>9}{distance:9.3f}"
-              f"{figures['level_db']:10.1f}", *(f" {k} {v:.3f}" for k, v in more.items()))
-
+              "pitch_accuracy_real": None}
     print(f"{run.folder}: N = {N}, {name} with {steps} steps, seed {seed}\n"
-          f"{'':24}{'in tune':>9}{'Frechet':>9}{'level dB':>10}")
+          f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
     if pitch is not None:
-        real = torch.tensor([data.pitch[i] or math.nan for i in data.valid[pick[1::2]].tolist()])
-        result["pitch_accuracy_real"] = ((real - pitch).abs() < 0.5).float().mean().item()
-        print(f"{'real':24}{result['pitch_accuracy_real']:9.3f}")
-    row("real, codec (the floor)", "codec", run.decode(B), result["frechet_floor"], pitch)
+        result["pitch_accuracy_real"] = np.mean(np.abs(test.recorded - pitch.numpy()) < 0.5).item()
+        print(f"{'real':26}{result['pitch_accuracy_real']:9.3f}")
+    test.row("real, codec (the floor)", "codec", B, result, pitch, test.curves)
     result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
+    result["frechet_floor"] = result["frechet"].pop("codec")
     calls, free = [], lambda x, t, **_: calls.append(t) or x       # a network that costs nothing
-    some = data.train[::len(data.train) // 5000 + 1]               # at most 5000, evenly spread
-    train = data.window(some, 0 * some)[0].flatten(1)
+    some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
+    train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
     run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
     for w in scales if cond else scales[:1]:
-        draw = lambda net: generate(GuidedNet(net, w), run.objective, B.shape, name, steps, seed,
-                                    device=run.device, **cond).cpu()           # waits for a GPU
-        began, x, drawn = clock(), draw(run.net).to(run.device), clock()       # in this order
-        audio, ended, key = run.decode(x), clock(), f"{w:g}"
+        # .cpu() waits for a GPU: the clock is read when all is there.
+        began, x, drawn = clock(), test.draw(w, name, steps).cpu().to(run.device), clock()
+        audio, ended = run.decode(x), clock()
         if w == scales[0]:
-            draw(free)
-            result |= {"nfe": len(calls), "seconds_per_item": (ended - began) / N,
-                       "network_share": 1 - (clock() - ended) / (drawn - began),
+            test.draw(w, name, steps, free).cpu()
+            each, free_took = (ended - began) / N, clock() - ended
+            result |= {"nfe": len(calls), "seconds_per_item": each,
+                       "network_share": 1 - free_took / (drawn - began),
+                       "real_time_factor": run.settings["seconds"] / each,
                        "nearest_ratio": near(x) / near(B)}
-        result["frechet"][key] = frechet_distance(features(x), features(A))
-        row(f"generated, w = {key}", key, audio, result["frechet"][key], pitch if cond else None)
+        test.row(f"generated, w = {w:g}", f"{w:g}", x, result, pitch if cond else None,
+                 test.curves, audio)
     print("nearest training sound: {nearest_ratio:.2f} of a held-out one's distance; {nfe} calls, "
-          "{seconds_per_item:.3f} s a sound, {network_share:.1%} in the network".format(**result))
+          "{seconds_per_item:.3f} s a sound ({real_time_factor:.0f} times real time), "
+          "{network_share:.1%} in the network".format(**result))
+    if more:
+        evaluate_more(test, result)
     write_json(run.folder / "evaluation.json", result)
     return result
 
@@ -2219,8 +2277,17 @@ OPTIONS = """
 --pitch            s    -      0..127+                 MIDI pitches (left open)
 --velocity         s    -      0..127                  MIDI velocity (left open)
 --source           s    -      TEXT                    such as guitar_acoustic (left open)
+--more             e    -      FLAG                    tables of evaluations and of --init-noise too
 --sampler          se   -      euler|heun|dpmpp_3m_sde chapter 3 (euler; heun for EDM)
 --eta              s    1.0    0.0..                   fresh noise of dpmpp_3m_sde: 0 is none
+--schedule         s    -      linear|karras|polyexponential
+                                                       grid of times (linear; karras for EDM,
+                                                       polyexponential for dpmpp_3m_sde)
+--sigma-min        s    0.002  1e-6..1e6               its smallest sigma / alpha before 0, and
+--sigma-max        s    80.0   1e-6..1e6               its largest; linear has neither
+--rho              s    -      1e-3..1e3               its bend: more steps at little noise (karras
+                                                       7, polyexponential 1)
+--plot-schedule    s    -      FLAG                    draw the noise levels of the three grids
 --cfg              s    2.0    -1e3..1e3               guidance scale w: 1 is none, 0 unconditional
 --rescale          s    0.0    0.0..1.0                give back the loudness that guidance adds
 --cfg-interval     s    -      0.0..x2                 guide only between these times t (always)
@@ -2228,7 +2295,11 @@ OPTIONS = """
 --init-audio       s    -      PATH                    sound file to start from (noise)
 --init-noise       s    -      0.0..                   its noise level t: 0 gives it back, the
                                                        largest ignores it (the largest)
+--midi             s    -      PATH                    MIDI file to play, its highest voice (for
+                                                       --condition control)
 --keep             s    -      0.0..x2                 start and end of what to keep of it, s (none)
+--match            s    -      PATH                    sound whose envelope to follow, by descent on
+                                                       the noise (chapter 3's DITTO)
 --out              s    -      PATH                    folder for the sounds (samples in the run)
 """
 
@@ -2413,7 +2484,7 @@ def command_train(options, given, device):
     if rank == 0:
         meet(device)
     data = LatentDataset(latents, settings["frames"], codec.channels, device)
-    settings |= {"mean": data.mean.tolist(), "std": data.std.tolist()}
+    settings |= {"mean": data.mean.tolist(), "std": data.std.tolist(), "touch": data.touch}
     torch.manual_seed(seed)
     net = build_net(settings).to(device)
     print(f"diffusion: {sum(p.numel() for p in net.parameters()):,} parameters, {len(data.train)} "
@@ -2433,48 +2504,135 @@ def command_train(options, given, device):
             write_sounds(run, options.run / "samples", run.decode(latents), names, labels, text)
 
 
+def plot_schedule(objective, steps, **levels):
+    """Print where the grids' steps lie, sigma/alpha from 0.001 to 100; digits count what meets.
+
+    Lifts out with: karras_times, linear_times, noise_ramp, polyexponential_times, schedule.
+    """
+    print(f"noise levels sigma / alpha of {steps} steps\n{'':16}" + "".join(
+        f"{10.0 ** power:<12g}" for power in range(-3, 3)))                # 12 places to a decade
+    for grid in ("linear", "karras", "polyexponential"):
+        t = schedule(objective, grid, steps, **levels)[:-1]
+        decade = (objective.sigma(t) / objective.alpha(t)).log10().clamp(-3, 2)    # 10^-3 to 10^2
+        place = 12 * (decade + 3)                                          # 0 to 60
+        count = place.round().long().bincount(minlength=61)                # 61 of them
+        row = (".o"[n] if n < 2 else f"{min(n, 9)}" for n in count.tolist())     # 9: or more
+        print(f"{grid:16}" + "".join(row))
+
+
+def match_envelope(draw, shape, seed, decode, hop, target, steps=30, lr=0.1):
+    """Noise [B, C, L] = shape whose sounds have the envelope of target [1, T], found by DITTO.
+
+    draw: noise -> latents [B, C, L]; decode: latents -> audio [B, T]. The loss is the squared error
+    over that of silence; `steps` of Adam. Lifts out with: envelope, optimise_noise,
+    standard_normal.
+    """
+    wanted, said = envelope(target, hop), []                                   # [1, L]
+
+    def loss(latents):
+        L = min(latents.shape[2], wanted.shape[1])
+        error = (envelope(decode(latents), hop)[:, :L] - wanted[:, :L]).square().mean(1)
+        # Each item has its own noise: the sum lets each find its own way. Silence must not be 0/0.
+        said.append(error.sum() / wanted.square().mean().clamp_min(1e-12))
+        return said[-1]
+
+    seeds = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+    # The fast LSTM of cudnn has no gradient outside of training.
+    with torch.backends.cudnn.flags(enabled=False):
+        best = optimise_noise(draw, standard_normal(shape, seeds, target.device), loss, steps, lr)
+    print(f"--match: squared error of the envelope, of silence's: {said[0] / shape[0]:.3f} at "
+          f"first, {min(said) / shape[0]:.3f} at best of {steps} steps")
+    return best
+
+
+def check_sample(options, given, run):
+    """ValueError for what this run cannot do, or what means nothing. Lifts out with: nothing."""
+    condition, sources = run.settings["condition"], run.settings["sources"]
+    asked = sorted(given & {"pitch", "velocity", "source", "negative_pitch"})
+    if asked and condition != "note":
+        raise ValueError(f"{run.folder} was trained with --condition {condition}: "
+                         f"it takes no --{asked[0].replace('_', '-')}")
+    if options.midi and condition != "control":
+        raise ValueError(f"{run.folder} was trained with --condition {condition}; --midi needs the "
+                         "envelope and pitch curves of --condition control")
+    if options.source not in [None, *sources]:
+        raise ValueError(f"--source {options.source}: {run.folder} knows {', '.join(sources)}")
+    if options.init_audio is None and given & {"init_noise", "keep"}:
+        raise ValueError("--init-noise and --keep need --init-audio, the file that they speak of")
+    shaped = sorted(given & {"sigma_min", "sigma_max", "rho"})
+    if options.schedule == "linear" and shaped and not options.plot_schedule:
+        raise ValueError(f"--{shaped[0].replace('_', '-')} shapes --schedule karras and "
+                         "polyexponential; linear has no use for it")
+
+
+def midi_score(path, run):
+    """The curves [2, L] of a MIDI file for a Run. ValueError if it holds no notes.
+
+    Lifts out with: midi_curves, midi_events, read_midi.
+    """
+    notes, frame = read_midi(path), run.codec.hop / run.codec.sample_rate
+    if not notes or not run.settings["touch"]:
+        raise ValueError(f"{path}: {len(notes)} notes; expected some, and a run of pitched sounds")
+    last = max(end for _, end, _, _ in notes) + 1                  # and a second to die away
+    return midi_curves(notes, math.ceil(last / frame), frame, *run.settings["touch"])
+
+
 def command_sample(options, given, device):
     """sample: sounds from a trained run. Lifts out with: the whole program."""
     run = Run(options.run, device)
-    s, codec, sources = run.settings, run.codec, [None, *run.settings["sources"]]
-    asked = sorted(given & {"pitch", "velocity", "source", "negative_pitch"})
-    if asked and s["condition"] != "note":
-        raise ValueError(f"{options.run} was trained with --condition {s['condition']}: "
-                         f"it takes no --{asked[0].replace('_', '-')}")
-    if options.source not in sources:
-        raise ValueError(f"--source {options.source}: {options.run} knows {', '.join(sources[1:])}")
-    if options.init_audio is None and given & {"init_noise", "keep"}:
-        raise ValueError("--init-noise and --keep need --init-audio, the file that they speak of")
+    s, codec, edm = run.settings, run.codec, isinstance(run.objective, EDM)
+    name, steps = run.sampler(options.sampler, options.steps)
+    # dpmpp_3m_sde wants steps of like sizes in log-SNR.
+    options.schedule = options.schedule or ("polyexponential" if name == "dpmpp_3m_sde" else
+                                            "karras" if edm else "linear")
+    check_sample(options, given, run)
     velocity = -1 if options.velocity is None else options.velocity
-    source = sources.index(options.source) - 1                           # None becomes -1
+    source = [None, *s["sources"]].index(options.source) - 1             # None becomes -1
     labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
                            for _ in range(options.count or 1)])                   # [B, K]
     frames, init, keep, negative, interval = s["frames"], None, None, None, options.cfg_interval
     if options.seconds:
         frames = codec.frames(round(options.seconds * codec.sample_rate))
+    load = lambda path: load_audio(path, codec.sample_rate)[None].to(device)             # [1, T]
     if options.init_audio:
-        audio = load_audio(options.init_audio, codec.sample_rate)[None].to(device)       # [1, T]
-        init = ((codec.encode(audio) - run.mean) / run.std).expand(len(labels), -1, -1)  # [B, C, L]
-        frames = init.shape[2]
+        init = (codec.encode(load(options.init_audio)) - run.mean) / run.std             # [1, C, L]
+        init, frames = init.expand(len(labels), -1, -1), init.shape[2]
+    curves = torch.full((2, frames), math.nan)
+    if options.midi:
+        curves = midi_score(options.midi, run)
+        frames = curves.shape[1]
     if options.keep:
         second = torch.arange(frames, device=device) * codec.hop / codec.sample_rate
         keep = (second >= options.keep[0]) & (second < options.keep[1])                  # [L]
     if options.negative_pitch is not None:
         away = torch.tensor([[options.negative_pitch, -1, -1]], device=device)
         negative = {"labels": away.expand(len(labels), -1)}
-    if interval and s["objective"] == "edm":
-        # The network sees ln(t)/4 and not t.
-        interval = [math.log(max(t, 1e-9)) / 4 for t in interval]
-    net = GuidedNet(run.net, options.cfg, options.rescale, interval, negative)
-    name, steps = run.sampler(options.sampler, options.steps)
-    open_curves = torch.full((len(labels), 2, frames), math.nan)
-    x = generate(net, run.objective, (len(labels), s["channels"], frames), name, steps,
-                 options.seed, eta=options.eta, init=init, init_noise=options.init_noise,
-                 keep=keep, device=device, **run.conditions(labels, open_curves))
+    if edm:
+        run.objective = EDM(sigma_max=options.sigma_max)           # where sampling starts
+        interval = interval and [math.log(max(t, 1e-9)) / 4 for t in interval]   # as the net sees t
+    net, shape = GuidedNet(run.net, options.cfg, options.rescale, interval, negative), (
+        len(labels), s["channels"], frames)
+    levels = {k: getattr(options, k) for k in ("sigma_min", "sigma_max", "rho")}
+    if options.plot_schedule:
+        plot_schedule(run.objective, steps, **levels)
+    times = None if options.init_noise == 0 else schedule(
+        run.objective, options.schedule, steps, options.init_noise, **levels)
+    given_to_net = run.conditions(labels, curves.expand(len(labels), -1, -1))
+    draw = lambda noise: generate(
+        net, run.objective, shape, name, steps, options.seed, times, options.eta, init,
+        options.init_noise, keep, noise, device=device, **given_to_net)
+    noise = options.match and match_envelope(
+        draw, shape, options.seed, lambda x: codec.decode(x * run.std + run.mean), codec.hop,
+        load(options.match))
     names = [f"sample_{options.seed + i}" + (f"_pitch_{p}" if p >= 0 else "")
              for i, p in enumerate(labels[:, 0].tolist())]
-    write_sounds(run, options.out or run.folder / "samples", run.decode(x), names, labels,
+    audio = run.decode(draw(noise))
+    write_sounds(run, options.out or run.folder / "samples", audio, names, labels,
                  f"w = {options.cfg:g}, {name} {steps}")
+    if options.midi:
+        figures = measure(audio, codec.sample_rate, codec.hop,
+                          curves=curves.expand(len(audio), -1, -1))
+        print(f"{options.midi}: " + ", ".join(f"{k} {figures[k]:.3f}" for k in FOLLOWING))
 
 
 def main(argv=None):
@@ -2494,7 +2652,7 @@ def main(argv=None):
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
             evaluate(Run(options.run, device), options.count or 185, options.seed,    # the default
-                     options.sampler, options.steps)
+                     options.sampler, options.steps, more=options.more)
         elif options.command == "sample":
             command_sample(options, given, device)
         else:

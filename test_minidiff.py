@@ -155,6 +155,23 @@ def test_time_grids():
             bad()
 
 
+@each_process
+def test_schedule(process):
+    """Each process walks the same sigma/alpha, in its own t: the published levels; VP's t = 0 is at tan(pi/2 s/(1+s))."""
+    ratio = lambda t: process.sigma(t) / process.alpha(t)
+    least = ratio(torch.zeros(1, dtype=torch.float64)).item()
+    assert least == pytest.approx(math.tan(math.pi / 2 * 0.008 / 1.008) if isinstance(process, m.VPDiffusion) else 0)
+    for times, levels in ((m.schedule(process, "karras", 18), m.EDM().times(18)),
+                          (m.schedule(process, "polyexponential", 8, sigma_min=0.3, sigma_max=50.0), m.polyexponential_times(8, 0.3, 50)),
+                          (m.schedule(process, "karras", 4, None, 0.1, 10.0, 3.0), m.karras_times(4, 0.1, 10, 3.0))):
+        assert times[-1] == 0 and ratio(times[:-1]).tolist() == pytest.approx(levels[:-1].clamp_min(least).tolist(), rel=1e-6)
+    assert m.schedule(process, "linear", 2).tolist() == [process.t_max, process.t_max / 2, 0]
+    for grid in ("linear", "karras", "polyexponential"):
+        assert m.schedule(process, grid, 5, 0.5)[0].item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="cosine"):
+        m.schedule(process, "cosine", 4)
+
+
 def test_vp_schedule_is_the_lectures():
     """seeds/003: sigma(t) = sin(pi/2 (t + s)/(1 + s)), alpha = sqrt(1 - sigma^2); alpha(1) is exactly 0."""
     t, vp = torch.linspace(0, 1, 11, dtype=torch.float64), m.VPDiffusion(s=0.008)
@@ -290,6 +307,10 @@ def test_dpmpp_3m_sde_distribution(process):
     assert torch.equal(x, run(1.0)) and not torch.equal(run(0.0), x)
     exact = exact_path(process, process.start(noise) / (80.0 if process.t_max > 1 else 1), 0, 1.0, 0.5)
     assert (run(0.0) - exact).abs().max().item() < 0.05
+    times = m.schedule(process, "polyexponential", 16)              # even in log-SNR: 16 steps are enough
+    x = m.dpmpp_3m_sde(gaussian_denoiser(process), process.sigma(times[:1].float()) * noise, times, 1.0, process.alpha,
+                       process.sigma, seeded(5))
+    assert x.std().item() == pytest.approx(1, abs=0.1)
 
 
 @each_process
@@ -446,6 +467,12 @@ def test_pitch_track():
     f, sine = 440 * 2 ** ((48 - 69) / 12), lambda hz: torch.sin(2 * math.pi * hz * when)
     octave = 0.4 * sine(f) + sine(2 * f)                            # half the period: r = (1 - 0.16)/1.16 = 0.72, and no more
     assert m.note_pitch(m.pitch_track(octave[None], rate, 256)).item() == pytest.approx(48, abs=0.1)
+    noise = 0.05 ** 0.5 * torch.randn(8000, generator=seeded())     # a share of about 5 %: the highest peak lacks that
+    rough = 2 * sine(2 * f) + 0.34 * sine(f)                        # half the period lacks 1 - 0.95 (1 - 0.029)/1.029 = 0.10
+    fifth = 2 * sine(2 * f) + 0.6 * sine(f)                         # 1 - 0.95 (1 - 0.09)/1.09 = 0.21, more than 0.02 + 2 * 0.05
+    for sound, pitch in ((rough, 60), (fifth, 48)):
+        heard = m.note_pitch(m.pitch_track((sound + sound.std() * noise)[None] / 4, rate, 256)).item()
+        assert heard == pytest.approx(pitch, abs=0.2)
     low = m.note_pitch(m.pitch_track(sine(f / 2)[None], rate, 256)).item()
     assert low == pytest.approx(36, abs=0.1)                        # undivided, the window pulls a bare sine up by 29 cents
     assert m.note_pitch(torch.tensor([[0.0, 60, 60, 75, 0], [0] * 5])).nan_to_num(-1).tolist() == [60, -1]     # median, NaN
@@ -490,6 +517,15 @@ def test_audio_round_trips(tmp_path):
 def midi_bytes(*tracks, ticks=100, form=1):
     chunk = lambda name, body: name + struct.pack(">I", len(body)) + body
     return chunk(b"MThd", struct.pack(">HHH", form, len(tracks), ticks)) + b"".join(chunk(b"MTrk", t) for t in tracks)
+
+
+def test_midi_curves():
+    """Four frames a second: the highest voice, an octave above C4; half the level per frame; a rest; the lower note again."""
+    notes = [(0.0, 2.0, 60, 127), (0.5, 1.0, 72, 64)]
+    envelope, octaves = m.midi_curves(notes, 10, 0.25, level=0.8, fade=0.5)
+    low = [0.8 * 0.5 ** k for k in range(8)]
+    assert envelope.tolist() == pytest.approx([*low[:2], 0.8 * 64 / 127, 0.4 * 64 / 127, *low[4:], 0, 0])
+    assert octaves.tolist() == [0, 0, 1, 1, 0, 0, 0, 0, -5, -5]
 
 
 def test_read_midi(tmp_path):
@@ -1014,6 +1050,30 @@ def test_generate_is_the_same_in_any_batch(process, sampler):
         m.generate(None, process, (1, 1, 1), "eular")
 
 
+def test_a_scale_from_midi(tmp_path):
+    """A network learns in seconds to follow curves; its latents are pitch and level of a sine, and a MIDI scale is heard in it."""
+    random, rows = np.random.default_rng(0), []
+    while len(rows) < 4000:
+        octave, level, n = random.integers(0, 13) / 12, random.uniform(0.3, 0.9), int(random.integers(6, 16))
+        rows += [(octave, e := level * 0.95 ** k, e, 60 + 12 * octave) for k in range(n)]
+    np.array(rows[:4000], np.float32).tofile(tmp_path / "frames.bin")
+    items = [[f"{i}", 200, i == 19, None, [-1, -1, -1]] for i in range(20)]
+    (tmp_path / "index.json").write_text(json.dumps({"width": 4, "items": items}))
+    data, flow, rate, scale = m.LatentDataset(tmp_path, 32, 2), m.RectifiedFlow(), 16_000, (60, 62, 64, 65, 67, 69, 71, 72)
+    assert data.touch[0] == pytest.approx(np.quantile([r[2] for r in rows[:3800]], 0.9), rel=0.01) and data.touch[1] == pytest.approx(0.95)
+    torch.manual_seed(0)
+    net = m.train_diffusion(m.UNet1d(2, 32, (1, 2), controls=2), flow, data, 250, tmp_path / "x.pt", 0, 32, 2e-3, "control")
+    events = b"".join(b"\x00\x90" + bytes([p, 110]) + b"\x64\x80" + bytes([p, 0]) for p in scale)      # half a second each
+    (tmp_path / "scale.mid").write_bytes(midi_bytes(events))
+    notes = m.read_midi(tmp_path / "scale.mid")
+    curves = m.midi_curves(notes, 256, 256 / rate, *data.touch)[None]
+    x = m.generate(net, flow, (1, 2, 256), controls=curves)[0] * data.std[:, None] + data.mean[:, None]
+    hertz, level = (v.repeat_interleave(256) for v in (440 * 2 ** (x[0] - 9 / 12), x[1]))    # C4: 9 semitones below A4
+    sound = (level * torch.sin(2 * math.pi * (hertz.double() / rate).cumsum(0)))[None].float()
+    found = [m.note_pitch(m.pitch_track(sound[:, int(a * rate):int(b * rate)], rate, 256)).item() for a, b, _, _ in notes]
+    assert found == pytest.approx(scale, abs=0.5)
+
+
 @each_process
 def test_generate_from_a_sound(process):
     """Noise level 0 gives it back, the largest ignores it; kept frames come back, the others do not."""
@@ -1032,13 +1092,18 @@ def test_generate_from_a_sound(process):
 
 
 def test_measure():
-    """A sine of 0.5 at MIDI 60, asked for 60 and for 62: half are in tune, -9.03 dB; of the voiced frames 2/3 are right."""
+    """A sine of 0.5 at MIDI 60, asked for 60 and for 62: half are in tune, -9.03 dB, its middle is its frequency.
+
+    Of the frames that should be voiced, 60, 60 and 62, two thirds are right.
+    """
     tone = torch.sin(2 * math.pi * 440 * 2 ** (-9 / 12) * torch.arange(16_000) / 16_000)[None]
     found = m.measure(0.5 * tone.expand(2, -1), 16_000, 160, pitch=torch.tensor([60, 62]))
     assert found["pitch_accuracy"] == 0.5 and found["level_db"] == pytest.approx(20 * math.log10(0.5 / 2 ** 0.5), abs=0.01)
+    bright = torch.sin(2 * math.pi * 2000 * torch.arange(16_000) / 16_000)[None]
+    assert m.measure(bright, 16_000, 160)["centroid_hz"] == pytest.approx(2000, rel=0.02)
     octaves = torch.tensor([0.0, 0, 2 / 12, -5]).repeat_interleave(25)[None]    # 60, 60, 62, unvoiced
     swell = tone * torch.linspace(0.2, 0.6, 16_000)
-    followed = m.measure(swell, 16_000, 160, curves=torch.stack([m.envelope(swell, 160), octaves], 1))["followed"]
+    followed = m.measure(swell, 16_000, 160, curves=torch.stack([m.envelope(swell, 160), octaves], 1))
     assert followed["voiced_within_50_cents"] == pytest.approx(2 / 3, abs=0.03)
     assert followed["envelope_correlation"] == pytest.approx(1)
 
@@ -1100,11 +1165,31 @@ def test_sample(run, tmp_path, capsys):
     back = m.load_audio(sorted((tmp_path / "d").glob("*.wav"))[0], 16_000)
     assert torch.allclose(back, trip, atol=1e-3)                    # noise 0: the codec's round trip
     assert m.main(base + init[:2] + ["--keep", "0", "0.2", "--out", str(tmp_path / "e")]) == 0
+    assert m.main(base + ["--match", str(a[0]), "--out", str(tmp_path / "f")]) == 0
+    first, best = map(float, re.search(r"([\d.]+) at first, ([\d.]+) at best", capsys.readouterr().out).groups())
+    assert best < first
     page = (tmp_path / "a" / "index.html").read_text()
     assert page.count("data:audio/wav;base64") == 2 and "http" not in page.replace("http-equiv", "")
 
 
-def test_sample_hands_on_what_was_asked(run, tmp_path, monkeypatch):
+def test_plot_schedule(capsys):
+    """Karras from 100 to 0.01 with rho -> many: four even decades, each 12 columns; linear's t = 1 is beyond the right edge."""
+    m.plot_schedule(m.RectifiedFlow(), 5, sigma_min=0.01, sigma_max=100.0, rho=1e3)
+    head, rule, linear, karras, _ = capsys.readouterr().out.splitlines()
+    assert "5 steps" in head and rule.split() == ["0.001", "0.01", "0.1", "1", "10", "100"]
+    assert [i for i, c in enumerate(karras[16:]) if c == "o"] == [12, 24, 36, 48, 60] and linear[-1] == "o"
+    m.plot_schedule(m.RectifiedFlow(), 3, sigma_min=1.0, sigma_max=1.0, rho=1.0)
+    assert capsys.readouterr().out.splitlines()[3][16 + 36] == "3"     # three steps at one level
+
+
+def test_match_envelope():
+    """A decoder that plays noise times 2: the envelope of a target of 0.8 is found, item by item; the loss falls fivefold."""
+    target, decode = torch.full((1, 12), 0.8), lambda x: 2 * x.flatten(1)
+    found = m.match_envelope(lambda z: z, (2, 1, 12), 5, decode, 3, target, steps=60)
+    assert torch.allclose(m.envelope(decode(found), 3), torch.full((2, 4), 0.8), atol=0.1)
+
+
+def test_sample_hands_on_what_was_asked(run, tmp_path, monkeypatch, capsys):
     """Every option at once, read back from the call of generate; keep 0.1 to 0.2 s is frames 7 to 12 of 16 ms."""
     seen = {}
 
@@ -1121,13 +1206,21 @@ def test_sample_hands_on_what_was_asked(run, tmp_path, monkeypatch):
     assert (net.scale, net.rescale, list(net.interval)) == (3, 0.7, [0.2, 0.8])
     assert net.negative["labels"].tolist() == [[50, -1, -1]] * 4
     assert seen["labels"].tolist() == [[60, 90, 0]] * 2 + [[64, 90, 0]] * 2
-    assert (*seen["how"], seen["eta"], seen["init_noise"]) == ("dpmpp_3m_sde", 3, 7, 0.5, 0.6)
-    assert seen["keep"].nonzero()[:, 0].tolist() == list(range(7, 13))
+    name, steps, seed, times, eta, init, init_noise, keep, _ = seen["how"]
+    assert (name, steps, seed, eta, init_noise) == ("dpmpp_3m_sde", 3, 7, 0.5, 0.6) and init.shape == (4, 16, 25)
+    flow = m.RectifiedFlow()
+    assert torch.equal(times, m.schedule(flow, "polyexponential", 3, 0.6))      # what suits this sampler
+    assert keep.nonzero()[:, 0].tolist() == list(range(7, 13))
     shutil.copytree(run, tmp_path / "edm")
     state = m.load_checkpoint(run / "model.pt")
     state["settings"]["objective"] = "edm"
     m.save_checkpoint(tmp_path / "edm" / "model.pt", **state)
-    assert m.main([*argv, "--run", str(tmp_path / "edm")]) == 0     # there the network sees ln(t)/4
+    shaped = ["--schedule", "karras", "--sigma-min", "0.1", "--sigma-max", "20", "--rho", "3", "--plot-schedule"]
+    assert m.main([*argv, "--run", str(run), *shaped]) == 0 and "karras" in capsys.readouterr().out
+    assert torch.equal(seen["how"][3], m.schedule(flow, "karras", 3, 0.6, 0.1, 20.0, 3.0))
+    assert m.main([*argv, "--run", str(run), "--schedule", "linear", "--rho", "3"]) == 2 and "--rho" in capsys.readouterr().err
+    assert m.main([*argv, "--run", str(tmp_path / "edm"), "--sigma-max", "60", "--init-noise", "60"]) == 0
+    assert seen["how"][3][0] == 60                                  # there the network sees ln(t)/4
     assert seen["net"].interval == pytest.approx([math.log(0.2) / 4, math.log(0.8) / 4])
 
 
@@ -1138,7 +1231,15 @@ def test_evaluate(run):
     assert set(result["pitch_accuracy"]) == set(result["frechet"]) == {"1", "2", "3"} and result["pitch_accuracy_real"] == 1
     assert (result["count"], result["seed"], result["nfe"]) == (4, 5, 2) and 0 < result["network_share"] <= 1
     assert result["frechet_floor"] > 0 and result["nearest_ratio"] > 0 and result["seconds_per_item"] > 0
-    assert 0 <= result["pitch_accuracy_codec"] <= 1
+    assert 0 <= result["pitch_accuracy_codec"] <= 1 and result["real_time_factor"] == pytest.approx(0.4 / result["seconds_per_item"])
+
+
+def test_evaluate_more(run, capsys):
+    """4 samplers at 4 to 64 evaluations, 7 levels of noise; at sigma/alpha = 1/8 t is 1/9; almost no noise leaves B as it was."""
+    assert m.main(["evaluate", "--run", str(run), "--count", "2", "--steps", "1", "--more"]) == 0
+    out, result = capsys.readouterr().out, json.loads((run / "evaluation.json").read_text())
+    assert len(result["evaluations"]["pitch_accuracy"]) == 20 and " 7 heun" in out and "64 dpmpp_3m_sde, eta = 1" in out
+    assert len(result["from_sound"]["frechet"]) == 7 and "0.125, --init-noise 0.11" in out
 
 
 def test_evaluate_knows_its_oracles(run, tmp_path, monkeypatch):
@@ -1172,17 +1273,24 @@ def test_evaluate_knows_its_oracles(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [["--objective", "edm", "--condition", "none"], ["--objective", "vp", "--net", "tutorial"],
                                      ["--data", "melodies", "--adversarial-from", "1"]], ids=" ".join)
-def test_other_trainings(run, tmp_path, options, monkeypatch):
+def test_other_trainings(run, tmp_path, options, monkeypatch, capsys):
     """EDM, VP, the tutorial's network, curves and the discriminator run from the command to sounds."""
-    monkeypatch.setattr(m.Melodies.__init__, "__defaults__", (24, 0, 0.5, 16_000))
+    monkeypatch.setattr(m.Melodies.__init__, "__defaults__", (24, 0, 0.5, 16_000, 0.6))
     monkeypatch.setattr(m.TutorialUNet.__init__, "__defaults__", (8, 2))
     where = ["--run", str(tmp_path / "r")]
     assert m.main(["train", *where, "--codec-steps", "2", "--steps", "2", "--batch-size", "4", *options]) == 0
     assert m.main(["sample", *where, "--steps", "2", "--seconds", "0.3"]) == 0
     assert m.main(["evaluate", *where, "--steps", "2"]) == 0
     result = json.loads((tmp_path / "r" / "evaluation.json").read_text())
-    assert ("melodies" in options) == bool(result["followed"])
+    assert ("melodies" in options) == ("envelope_correlation" in result)
     assert m.main(["sample", *where, "--pitch", "60"]) == 2          # none of the three takes a pitch
+    for name, body in (("a", b"\x00\x90\x3c\x64\x64\x80\x3c\x00"), ("empty", b"")):      # half a second of middle C; nothing
+        (tmp_path / f"{name}.mid").write_bytes(midi_bytes(body))
+    play = lambda name: m.main(["sample", *where, "--steps", "2", "--midi", str(tmp_path / name), "--out", str(tmp_path / "o")])
+    if "melodies" in options:
+        assert play("a.mid") == 0 and "voiced_within_50_cents" in capsys.readouterr().out
+        assert soundfile.info(next((tmp_path / "o").glob("*.wav"))).frames == math.ceil(1.5 * 16_000 / 256) * 256
+    assert play("empty.mid") == 2 and ("0 notes" if "melodies" in options else "control") in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
@@ -1260,7 +1368,9 @@ USES = {
     "Melodies": "Melodies(2, seconds=1.0).audio(0).abs().max() > 0", "EMA": "EMA(nn.Linear(1, 1)).update(nn.Linear(1, 1)) is None",
     "save_checkpoint": "save_checkpoint(path, a=1) is None and os.path.exists(path)",
     "frechet_distance": "abs(frechet_distance(torch.eye(3), torch.eye(3) + 1) - 3) < 1e-6",
-    "generate": "generate(lambda x, t: x, type('Flow', (), dict(t_max=1, start=lambda s, n: n, times=lambda s, n, top: torch.tensor([1.0, 0]), "
+    "schedule": "schedule(type('Flow', (), dict(t_max=1.0))(), 'linear', 4).tolist() == [1, 0.75, 0.5, 0.25, 0]",
+    "midi_curves": "midi_curves([(0, 1, 72, 127)], 2, 1.0, 0.5, 1.0).tolist() == [[0.5, 0], [1, -5]]",
+    "generate": "generate(lambda x, t: x, type('Flow', (), dict(t_max=1, add_noise=lambda s, x, n, t: n, times=lambda s, n, top: torch.tensor([1.0, 0]), "
                 "velocity=lambda s, net, x, t: net(x, t)))(), (2, 1, 8), device='cpu').abs().max() < 1e-6",
 }
 
