@@ -1154,26 +1154,28 @@ NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a0d81a3cd72d55d427a95f0558e43dfb
 
 class Progress:
     """A line that says how far things are and how long they will take; `done` is where they start.
-    A terminal's renews itself, a file gets one every 15 seconds. Lifts out with: nothing.
+    A terminal's renews itself, a file gets one every 15 seconds; of less work than that without a
+    text nothing remains. Lifts out with: nothing.
     """
 
     def __init__(self, what, total, unit="items", done=0):
         self.what, self.total, self.unit, self.first = what, total, unit, done
-        self.began, self.shown = time.monotonic(), -math.inf
+        self.began = self.shown = time.monotonic()
 
     def __call__(self, done, text=""):
         """`done` of `total` are done; `text` goes behind. Cheap enough for every step."""
         now, live, last = time.monotonic(), sys.stderr.isatty(), done >= self.total
         early = now - self.shown < (0.2 if live else 15)           # seconds
-        if not last and (early or done <= self.first):
+        brief = last and not text and now - self.began < 15        # seconds
+        if not last and (early or done <= self.first) or brief and not live:
             return
         self.shown, spent = now, now - self.began
         rate = (done - self.first) / max(spent, 1e-9)              # the first call may come at once
         left = f"{spent:.0f} s in all" if last else f"{(self.total - done) / rate:.0f} s left"
         line = f"{self.what} {done:,}/{self.total:,}  {rate:,.1f} {self.unit}/s  {left}"
         # On a terminal: back to the first column, and away with what stood there.
-        print("\r\033[K" * live + line + f"  {text}" * bool(text),
-              end="\n" * (last or not live), file=sys.stderr, flush=True)
+        print("\r\033[K" * live + (line + f"  {text}" * bool(text)) * (not brief),
+              end="\n" * (last and not brief or not live), file=sys.stderr, flush=True)
 
 
 class Recordings:

@@ -631,6 +631,19 @@ def test_built_in_data():
         assert heard[heard > 0].median().item() == pytest.approx(pitch, abs=0.3)
 
 
+def test_progress(monkeypatch, capsys):
+    """From 2 to 7 of 10 in 20 s: 3 / 0.25 = 12 s are left; a file's lines are 15 s apart; short work leaves none without a text."""
+    for live, text, calls, line in ((0, "", [(2, 0), (3, 1), (7, 20), (8, 21)], "work 7/10  0.2 items/s  12 s left\n"), (0, "", [(10, 4)], ""),
+                                    (1, "", [(3, 0.1), (7, 20)], "\r\033[Kwork 7/10  0.2 items/s  12 s left"), (1, "", [(10, 4)], "\r\033[K"),
+                                    (0, "loss 1", [(10, 4)], "work 10/10  2.0 items/s  4 s in all  loss 1\n")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
+        progress = m.Progress("work", 10, done=2)
+        for done, now in calls:
+            monkeypatch.setattr(m.time, "monotonic", lambda: progress.began + now)
+            progress(done, text)
+        assert capsys.readouterr().err == line
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eleven NSynth-like notes of 0.4 s in two folders, and files that are no notes."""
