@@ -2189,35 +2189,38 @@ def write_sounds(run, folder, audio, names, labels, text):
 # --------------------------------------------------------------------------------------------------
 # 11. The command line: python minidiff.py --help
 # --------------------------------------------------------------------------------------------------
-# Each option stands here once: its name, who takes it (Codec, Train, Sample, Evaluate), its default
-# ("-" if that depends), its values, what it is. 0..127 are whole numbers, 0.0..1.0 any between, and
-# x2 says that two are wanted, + that there may be more. A run's settings travel in its checkpoints,
-# so `sample` and `evaluate` need no option to match the training.
-COMMANDS = {"codec": "train the Snake VAE alone",
-            "train": "train a codec if there is none, then a diffusion model; ends with sounds",
-            "sample": "make sounds with a trained run", "evaluate": "measure a trained run"}
+# Each option stands here once, under a heading of --help: its name, who takes it (Codec, Train,
+# Sample, Evaluate), its default ("-" if that depends), its values, what it is. 0..127 are whole
+# numbers, 0.0..1.0 any between, and x2 says that two are wanted, + that there may be more. A
+# run's settings travel in its checkpoints, so `sample` and `evaluate` need no option to match the
+# training.
+COMMANDS = {
+    "codec": ("train the Snake VAE alone", "--data my_folder --codec-steps 5000"),
+    "train": ("train a codec where there is none, and a diffusion model", "--data my_folder"),
+    "sample": ("make sounds with a trained run", "--run runs/plucks --pitch 60 64 67 --cfg 3"),
+    "evaluate": ("measure a trained run", "--run runs/plucks --sampler heun --steps 8")}
 OPTIONS = """
+data and run
 --data             ct   plucks TEXT                    plucks, melodies, nsynth (335 MB), a folder
---seconds          cts  -      0.05..3600.0            length, s (the longest recording's, at most
-                                                       8; sample: the run's)
+--seconds          cts  -      0.05..3600.0            seconds (the data's, at most 8; the run's)
 --run              ctse -      PATH                    folder of the run (runs/ and the data's name)
+--steps            tse  -      1..                     steps: training (900), sampling (16; heun 9)
+--device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
+--seed             ctse 0      0..                     of all that is random; sound i has seed + i
+model
 --codec            t    auto   auto|vae|music2latent   auto: vae for built-in data, else the other
 --net              t    unet   unet|tutorial           the network, chapter 4
 --objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
---steps            tse  -      1..                     train: diffusion steps (900); else sampling
-                                                       steps (16; heun 9)
+training
 --codec-steps      ct   2600   1..                     steps of the Snake VAE
 --batch-size       t    32     1..                     sounds in a diffusion step
 --lr               t    0.001  0.0..                   highest learning rate of the diffusion model
---adversarial-from ct   -      0..                     codec step when its discriminator joins
-                                                       (never)
+--adversarial-from ct   -      0..                     codec step: its discriminator joins (never)
 --precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
 --resume           ct   -      FLAG                    go on where the run was stopped
---device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
---seed             ctse 0      0..                     of all that is random; sound i has seed + i
---count            se   -      1..                     sample: sounds for each pitch (1); evaluate:
-                                                       sounds to measure (185)
+sampling
+--count            se   -      1..                     sounds: for each pitch (1), measured (185)
 --pitch            s    -      0..127+                 MIDI pitches (left open)
 --velocity         s    -      0..127                  MIDI velocity (left open)
 --source           s    -      TEXT                    such as guitar_acoustic (left open)
@@ -2228,8 +2231,7 @@ OPTIONS = """
 --cfg-interval     s    -      0.0..x2                 guide only between these times t (always)
 --negative-pitch   s    -      0..127                  MIDI pitch to move away from (none)
 --init-audio       s    -      PATH                    sound file to start from (noise)
---init-noise       s    -      0.0..                   its noise level t: 0 gives it back, the
-                                                       largest ignores it (the largest)
+--init-noise       s    -      0.0..                   its noise level t, 0: as it is (the largest)
 --keep             s    -      0.0..x2                 start and end of what to keep of it, s (none)
 --out              s    -      PATH                    folder for the sounds (samples in the run)
 """
@@ -2274,16 +2276,21 @@ def parse(argv):
     """
     top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
     commands = top.add_subparsers(dest="command", required=True)
-    subs = [commands.add_parser(name, help=h, description=h) for name, h in COMMANDS.items()]
-    for row in re.findall("--.*(?:\n +.*)*", OPTIONS):
+    subs = [commands.add_parser(name, help=h, description=h,
+                                epilog=f"example: python minidiff.py {name} {example}")
+            for name, (h, example) in COMMANDS.items()]
+    for row in re.findall("^\\w.*|^--.*(?:\n +.*)*", OPTIONS, re.M):
+        if row[0] != "-":
+            groups = [sub.add_argument_group(row) for sub in subs]
+            continue
         name, users, default, word, text = row.split(maxsplit=4)
         kind = option_kind(word)
         defaults[name[2:].replace("-", "_")] = (
             None if default == "-" else kind.get("type", str)(default))
         text += "" if default == "-" else f" (default {default})"
-        for sub, command in zip(subs, COMMANDS):
+        for group, command in zip(groups, COMMANDS):
             if command[0] in users:
-                sub.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
+                group.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(top.parse_args(argv))
     return argparse.Namespace(**defaults | given), set(given)
 

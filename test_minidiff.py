@@ -1348,7 +1348,7 @@ def test_chapters_and_imports():
 
 
 def test_every_option_is_read(capsys):
-    """Each row of the table is in --help of the commands that its letters name, and read as options.name."""
+    """Each row of the table is in --help of the commands that its letters name, under its heading, with range and default; and it is read."""
     rows = [row.split()[:2] for row in re.findall("^--.*", m.OPTIONS, re.M)]
     assert len(rows) == len({name for name, _ in rows}) > 25
     for command in m.COMMANDS:
@@ -1358,6 +1358,12 @@ def test_every_option_is_read(capsys):
         shown = set(re.findall(r"(?<![\w-])--[a-z-]+", text)) - {"--help"}
         assert stop.value.code == 0 and shown >= {name for name, users in rows if command[0] in users}
         assert not shown & {name for name, users in rows if command[0] not in users}
+        heads = {"c": ["data and run", "training"], "t": ["data and run", "model", "training"]}.get(command[0], ["data and run", "sampling"])
+        assert re.findall(r"^(\w.*):$", text, re.M)[1:] == heads
+        entries, _, example = text.rpartition("\n\n")
+        for entry in re.split(r"\n  (?=--)", entries)[1:]:
+            assert re.match(r"--resume |--\S+ [A-Z\d{-].*\(.+\)$", " ".join(entry.split("\n\n")[0].split())), entry
+        m.parse(example.removeprefix("example: python minidiff.py ").split())
     read = set(re.findall(r"options\.(\w+)", SOURCE)) | set(re.findall(r"'(\w+)'", ast.unparse(DEFINITIONS["run_settings"])))
     assert not {name[2:].replace("-", "_") for name, _ in rows} - read
 
