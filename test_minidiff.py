@@ -5,6 +5,7 @@ denoiser is D = (alpha s^2 x_t + sigma^2 mu) / (alpha^2 s^2 + sigma^2), and the 
 x(t) = alpha mu + sqrt(alpha^2 s^2 + sigma^2) z with one z for all t.
 """
 import ast
+import base64
 import csv
 import functools
 import http.server
@@ -18,7 +19,9 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -1056,13 +1059,50 @@ def test_measure():
     assert followed["envelope_correlation"] == pytest.approx(1)
 
 
-def test_page_escapes_what_it_shows(tmp_path):
-    """Words and title with markup in them come out as text."""
-    m.save_audio(tmp_path / "a.wav", torch.zeros(2000), 16_000)
-    (tmp_path / "sounds.json").write_text(json.dumps({"a.wav": "<script>x", "gone.wav": "y"}))
-    m.write_page(tmp_path, "<script>t")
-    page = (tmp_path / "index.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;x" in page and page.count("<audio") == 1
+def test_pictures():
+    """Shades come back from the PNG; 1000 Hz is line 64 of 192, so row 128 is the darkest; a peak of 0.51 blackens 33 of 65 rows."""
+    def read(uri):
+        data = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+        (width, height, *rest), (size,) = struct.unpack_from(">IIBBBBB", data, 16), struct.unpack_from(">I", data, 33)
+        for at, kind, n in ((8, b"IHDR", 13), (33, b"IDAT", size), (45 + size, b"IEND", 0)):
+            assert struct.unpack_from(">I4s", data, at) == (n, kind) and zlib.crc32(data[at + 4:at + 8 + n]) == struct.unpack_from(">I", data, at + 8 + n)[0]
+        rows = np.frombuffer(zlib.decompress(data[41:41 + size]), np.uint8).reshape(height, width + 1)
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and rest == [8, 0, 0, 0, 0] and not rows[:, 0].any()     # 8 bits, grey, not filtered
+        return rows[:, 1:]
+    assert read(m.png(torch.tensor([[0, 0.5, 1], [2, -1, 0.2]]))).tolist() == [[0, 127, 255], [255, 0, 51]]
+    picture = read(m.png(m.portrait(0.51 * torch.sin(2 * math.pi * 1000 * torch.arange(16_000) / 16_000), 16_000)))
+    assert picture.shape == (192 + 65, 320) and (picture[:192, 20:-20].argmin(0) == 128).all() and (picture[0, 20:-20] == 255).all()
+    assert ((picture[192:] == 0).sum(0) == 33).all() and m.portrait(torch.zeros(10), 16_000).shape == (192 + 65, 10)
+
+
+def test_chart():
+    """Log: 1, 10, 100 at 0, 1/2, 1; linear, from 0: 1 and 2 at 1/2 and 1. What cannot be shown is not; labels keep 16 pixels apart."""
+    def points(svg):
+        lines = re.findall(r'<polyline points="([^"]+)" stroke-dasharray="[^"]*"/><text x="270.0" y="[\d.-]+">([^<]+)', svg)
+        return {name: [((float(x) - 52) / 210, (160 - float(y)) / 150) for x, y in re.findall("(.+?),(.+?)(?: |$)", p)] for p, name in lines}
+    svg = m.chart("T", "s", {"a": [(0, 1), (5, 10), (10, 100)], "<b>": [(0, math.inf), (5, 0), (10, 99)], "c": [(1, math.nan)]}, log=True)
+    assert points(svg) == {"a 100": [(0, 0), (0.5, 0.5), (1, 1)], "&lt;b&gt; 99": [(1, pytest.approx(0.998, abs=1e-3))]}
+    assert re.findall(r'<text x="0" y="[\d.]+">([^<]+)', svg) == ["1", "10", "100"] and 'aria-label="T; a 100; &lt;b&gt; 99"' in svg
+    assert re.findall(r'<text x="270.0" y="([\d.]+)', svg) == ["10.0", "26.0"] and len(set(re.findall("dasharray=.[^/]*", svg))) == 2
+    assert points(m.chart("T", "s", {"a": [(3, 1), (4, 2)]})) == {"a 2": [(0, 0.5), (1, 1)]} and m.chart("T", "s", {"a": []}) == ""
+
+
+def test_page(tmp_path):
+    """A chart of each thing known, with its last numbers; sound and path as given; markup comes out as text; what was there stays."""
+    run = types.SimpleNamespace(folder=tmp_path / "<i>t", objective=m.EDM(), sampler=lambda: ("heun", 3), codec=TinyCodec, settings={"sources": ["<b>x"]})
+    m.write_page(run, run.folder)
+    read = lambda: (run.folder / "index.html").read_text()
+    assert re.findall('aria-label="(.+?)"', read()) == ["noise level sigma / alpha, log axis; heun 0.002"] and "&lt;i&gt;t" in read()
+    (run.folder / "log.csv").write_text("phase,step,quantity,value\ncodec,5,kl,2\ndiffusion,5,loss,4\ndiffusion,9,held out,1\ndiffusion,9,loss,3\n")
+    (run.folder / "evaluation.json").write_text('{"pitch_accuracy": {"1": 0.25, "3": 0.5}, "pitch_accuracy_real": 1, "pitch_accuracy_codec": 0.75}')
+    tone = torch.sin(2 * math.pi * 440 * 2 ** (1 / 240) * torch.arange(16_000) / 16_000)      # 5 cents above A
+    m.write_sounds(run, run.folder, [("<s>a", "", torch.tensor([69, 90, 0]), tone)], [(1.0, torch.eye(3)), (0.0, 2 * torch.eye(3))])
+    page, _ = read(), m.write_page(run, run.folder)
+    assert re.findall('aria-label="(.+?)"', page) == ["diffusion: losses, log axis; loss 3; held out 1", "codec: losses, log axis; kl 2",
+        "noise level sigma / alpha, log axis; heun 0.002", "notes in tune; real 1; codec 0.75; generated 0.5"]
+    assert "<s>" not in page and "<b>x" not in page and "pitch 69; velocity 90; &lt;b&gt;x; heard 69.05; +5 cents; peak 1.00<" in page
+    assert base64.b64decode(re.search('audio/wav;base64,([^"]+)', page)[1]) == (run.folder / "<s>a.wav").read_bytes()
+    assert read() == page and (page.count("<audio"), page.count("<img")) == (1, 2)
 
 
 # ---- 11. The command line, as a user ----
@@ -1082,7 +1122,10 @@ def run(tmp_path_factory):
 def test_train_leaves_everything(run, capsys):
     """codec.pt, model.pt, log.csv, sounds and the page; a second run refuses, --resume goes on."""
     assert {p.name for p in run.iterdir()} == {"codec.pt", "model.pt", "log.csv", "latents", "samples"}
-    assert len(list((run / "samples").glob("*.wav"))) == 8 and "<audio" in (run / "samples" / "index.html").read_text()
+    page = (run / "samples" / "index.html").read_text()
+    assert (page.count("<audio"), page.count("<img"), page.count("<svg")) == (12, 13, 3)
+    assert re.findall("<b>(.+?)_3<", page) == ["real", "codec", "generated"]
+    assert torch.allclose(m.load_audio(run / "samples" / "real_3.wav", 16_000), m.Plucks().audio(53), atol=1e-4)   # 50 are trained on
     settings = m.load_checkpoint(run / "model.pt")["settings"]
     assert (settings["objective"], settings["condition"], settings["frames"]) == ("rf", "note", 25)
     opened = m.Run(run)
@@ -1108,6 +1151,8 @@ def test_sample(run, tmp_path, capsys):
     init = ["--init-audio", str(a[0]), "--init-noise", "0", "--out", str(tmp_path / "d")]
     assert m.main(base + init) == 0
     run_object = m.Run(run)
+    x, ((t, noise), *path) = run_object.generate(run_object.net, (2, 16, 25), "euler", 3, 7)       # the way of the first item
+    assert torch.equal(noise, torch.randn(16, 25, generator=seeded(7))) and torch.equal(path[-1][1], x[0]) and len(path) == t + 2
     with torch.no_grad():
         trip = run_object.codec.decode(run_object.codec.encode(m.load_audio(a[0], 16_000)[None]))[0]
     back = m.load_audio(sorted((tmp_path / "d").glob("*.wav"))[0], 16_000)
@@ -1145,13 +1190,13 @@ def test_sample_hands_on_what_was_asked(run, tmp_path, monkeypatch):
 
 
 def test_evaluate(run):
-    """The ceilings are there: real notes 1.0; the keys of DESIGN.md; N and seed."""
+    """The ceilings are there: real notes 1.0; the keys of DESIGN.md; N and seed; the page shows w."""
     assert m.main(["evaluate", "--run", str(run), "--count", "4", "--steps", "2", "--seed", "5"]) == 0
     result = json.loads((run / "evaluation.json").read_text())
     assert set(result["pitch_accuracy"]) == set(result["frechet"]) == {"1", "2", "3"} and result["pitch_accuracy_real"] == 1
     assert (result["count"], result["seed"], result["nfe"]) == (4, 5, 2) and 0 < result["network_share"] <= 1
     assert result["frechet_floor"] > 0 and result["nearest_ratio"] > 0 and result["seconds_per_item"] > 0
-    assert 0 <= result["pitch_accuracy_codec"] <= 1
+    assert 0 <= result["pitch_accuracy_codec"] <= 1 and "guidance scale w" in (run / "samples" / "index.html").read_text()
 
 
 def test_evaluate_knows_its_oracles(run, tmp_path, monkeypatch):
@@ -1323,7 +1368,7 @@ def test_formulas_have_sources_and_tensors_have_axes():
         hinge_discriminator_loss hinge_generator_loss feature_matching_loss LossBalancer EMA learning_rate drop_conditions frechet_distance"""
     tensors = """expand standard_normal guide GuidedNet euler heun dpmpp_3m_sde optimise_noise time_embedding ResidualBlock SelfAttention UNet1d
         load_audio save_audio resample pluck envelope pitch_track note_pitch Snake ResidualUnit Recurrent SnakeVAE stft_loss STFTDiscriminator
-        LossBalancer LatentDataset drop_conditions reference_losses frechet_distance generate measure spectrogram"""
+        LossBalancer LatentDataset drop_conditions reference_losses frechet_distance generate measure portrait"""
     for names, pattern in ((formulas, r"\[\d+\]|seeds/|Boersma"), (tensors, r"\[(B|N|T|C|n|\.\.\.)")):
         assert not [n for n in names.split() if not re.search(pattern, ast.get_docstring(DEFINITIONS[n]))]
 
