@@ -2225,8 +2225,7 @@ def write_page(run, folder, fresh={}):
 def write_sounds(run, folder, sounds, path):
     """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
 
-    path is from Run.generate; names are escaped: they are not to be trusted.
-    Lifts out with: the whole program.
+    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
     """
     fresh, rate = {}, run.codec.sample_rate
     figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
@@ -2500,12 +2499,11 @@ def command_train(options, given, device):
                     options.run / "model.pt", seed, options.batch_size, options.lr,
                     settings["condition"], precision, options.resume, settings)
     if rank == 0:
-        run, some = Run(options.run, device), slice(4)             # 4 sounds
-        latents, labels, curves = data.held_out(some)
+        run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
         x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
                                **run.conditions(labels, curves))
         real = [recordings.audio(i, 0, round(recordings.seconds * recordings.sample_rate))
-                for i in data.valid[some].tolist()]
+                for i in data.valid[:len(x)].tolist()]
         kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
         write_sounds(run, options.run / "samples", [
             (f"{kind}_{i}", "", labels[i], audio[i])
@@ -2573,9 +2571,8 @@ def main(argv=None):
         data = os.path.basename(os.path.abspath(options.data))
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
-            run = Run(options.run, device)
-            evaluate(run, options.count or 185, options.seed, options.sampler,        # the default
-                     options.steps)
+            evaluate(run := Run(options.run, device), options.count or 185,      # 185: the default
+                     options.seed, options.sampler, options.steps)
             write_page(run, run.folder / "samples")
         elif options.command == "sample":
             command_sample(options, given, device)

@@ -19,7 +19,6 @@ import struct
 import subprocess
 import sys
 import threading
-import types
 import zipfile
 import zlib
 
@@ -1089,7 +1088,7 @@ def test_chart():
 
 def test_page(tmp_path):
     """A chart of each thing known, with its last numbers; sound and path as given; markup comes out as text; what was there stays."""
-    run = types.SimpleNamespace(folder=tmp_path / "<i>t", objective=m.EDM(), sampler=lambda: ("heun", 3), codec=TinyCodec, settings={"sources": ["<b>x"]})
+    run = m.argparse.Namespace(folder=tmp_path / "<i>t", objective=m.EDM(), sampler=lambda: ("heun", 3), codec=TinyCodec, settings={"sources": ["<b>x"]})
     m.write_page(run, run.folder)
     read = lambda: (run.folder / "index.html").read_text()
     assert re.findall('aria-label="(.+?)"', read()) == ["noise level sigma / alpha, log axis; heun 0.002"] and "&lt;i&gt;t" in read()
@@ -1097,7 +1096,7 @@ def test_page(tmp_path):
     (run.folder / "evaluation.json").write_text('{"pitch_accuracy": {"1": 0.25, "3": 0.5}, "pitch_accuracy_real": 1, "pitch_accuracy_codec": 0.75}')
     tone = torch.sin(2 * math.pi * 440 * 2 ** (1 / 240) * torch.arange(16_000) / 16_000)      # 5 cents above A
     m.write_sounds(run, run.folder, [("<s>a", "", torch.tensor([69, 90, 0]), tone)], [(1.0, torch.eye(3)), (0.0, 2 * torch.eye(3))])
-    page, _ = read(), m.write_page(run, run.folder)
+    page, _ = read(), m.write_page(run, run.folder)                 # twice the same
     assert re.findall('aria-label="(.+?)"', page) == ["diffusion: losses, log axis; loss 3; held out 1", "codec: losses, log axis; kl 2",
         "noise level sigma / alpha, log axis; heun 0.002", "notes in tune; real 1; codec 0.75; generated 0.5"]
     assert "<s>" not in page and "<b>x" not in page and "pitch 69; velocity 90; &lt;b&gt;x; heard 69.05; +5 cents; peak 1.00<" in page
@@ -1123,8 +1122,7 @@ def test_train_leaves_everything(run, capsys):
     """codec.pt, model.pt, log.csv, sounds and the page; a second run refuses, --resume goes on."""
     assert {p.name for p in run.iterdir()} == {"codec.pt", "model.pt", "log.csv", "latents", "samples"}
     page = (run / "samples" / "index.html").read_text()
-    assert (page.count("<audio"), page.count("<img"), page.count("<svg")) == (12, 13, 3)
-    assert re.findall("<b>(.+?)_3<", page) == ["real", "codec", "generated"]
+    assert (page.count("<audio"), page.count("<img"), page.count("<svg")) == (12, 13, 3) and re.findall("<b>(.+?)_3<", page) == ["real", "codec", "generated"]
     assert torch.allclose(m.load_audio(run / "samples" / "real_3.wav", 16_000), m.Plucks().audio(53), atol=1e-4)   # 50 are trained on
     settings = m.load_checkpoint(run / "model.pt")["settings"]
     assert (settings["objective"], settings["condition"], settings["frames"]) == ("rf", "note", 25)
@@ -1151,7 +1149,7 @@ def test_sample(run, tmp_path, capsys):
     init = ["--init-audio", str(a[0]), "--init-noise", "0", "--out", str(tmp_path / "d")]
     assert m.main(base + init) == 0
     run_object = m.Run(run)
-    x, ((t, noise), *path) = run_object.generate(run_object.net, (2, 16, 25), "euler", 3, 7)       # the way of the first item
+    x, ((t, noise), *path) = run_object.generate(run_object.net, (2, 16, 25), "euler", 3, 7)
     assert torch.equal(noise, torch.randn(16, 25, generator=seeded(7))) and torch.equal(path[-1][1], x[0]) and len(path) == t + 2
     with torch.no_grad():
         trip = run_object.codec.decode(run_object.codec.encode(m.load_audio(a[0], 16_000)[None]))[0]
