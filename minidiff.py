@@ -1123,26 +1123,28 @@ NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a0d81a3cd72d55d427a95f0558e43dfb
 
 class Progress:
     """A line that says how far things are and how long they will take; `done` is where they start.
-    A terminal's renews itself, a file gets one every 15 seconds. Lifts out with: nothing.
+    A terminal's renews itself, a file gets one every 15 seconds; of less work than that without a
+    text nothing remains. Lifts out with: nothing.
     """
 
     def __init__(self, what, total, unit="items", done=0):
         self.what, self.total, self.unit, self.first = what, total, unit, done
-        self.began, self.shown = time.monotonic(), -math.inf
+        self.began = self.shown = time.monotonic()
 
     def __call__(self, done, text=""):
         """`done` of `total` are done; `text` goes behind. Cheap enough for every step."""
         now, live, last = time.monotonic(), sys.stderr.isatty(), done >= self.total
         early = now - self.shown < (0.2 if live else 15)           # seconds
-        if not last and (early or done <= self.first):
+        brief = last and not text and now - self.began < 15        # seconds
+        if not last and (early or done <= self.first) or brief and not live:
             return
         self.shown, spent = now, now - self.began
         rate = (done - self.first) / max(spent, 1e-9)              # the first call may come at once
         left = f"{spent:.0f} s in all" if last else f"{(self.total - done) / rate:.0f} s left"
         line = f"{self.what} {done:,}/{self.total:,}  {rate:,.1f} {self.unit}/s  {left}"
         # On a terminal: back to the first column, and away with what stood there.
-        print("\r\033[K" * live + line + f"  {text}" * bool(text),
-              end="\n" * (last or not live), file=sys.stderr, flush=True)
+        print("\r\033[K" * live + (line + f"  {text}" * bool(text)) * (not brief),
+              end="\n" * (last and not brief or not live), file=sys.stderr, flush=True)
 
 
 class Recordings:
@@ -2011,8 +2013,20 @@ class Run:
 
     def decode(self, latents, batch=16):
         """Standardised latents [B, C, L] -> audio [B, T] on the CPU, a few at a time."""
-        return torch.cat([self.codec.decode(part * self.std + self.mean).float().cpu()
-                          for part in latents.split(batch)])
+        progress, audio = Progress("decoding", len(latents), "sounds"), []
+        for part in latents.split(batch):
+            audio.append(self.codec.decode(part * self.std + self.mean).float().cpu())
+            progress(sum(map(len, audio)))
+        return torch.cat(audio)
+
+    def generate(self, net, shape, sampler, steps, seed, **how):
+        """`generate`'s latents [B, C, L], and the way of the first: a list of (t, x [C, L])."""
+        progress, path = Progress("sampling", steps, "steps"), []
+        look = lambda i, t, x: path.append((t, x[0])) or progress(i)
+        x = generate(net, self.objective, shape, sampler, steps, seed, callback=look,
+                     device=self.device, **how)
+        look(steps, 0.0, x)
+        return x, path
 
     def conditions(self, labels, curves):
         given = conditions(self.settings["condition"], labels, curves)
@@ -2170,110 +2184,167 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0,
     return result
 
 
-def spectrogram(audio, size=1024, rows=128):
-    """A grey PNG of audio [T], as a data URI: time rightwards, pitch upwards, black is loud.
+def png(grey):
+    """Shades [rows, columns], 0 black, 1 white: data URI of a PNG. Lifts out with: nothing."""
+    head = struct.pack(">IIBBBBB", *grey.T.shape, 8, 0, 0, 0, 0)               # 8 bits, grey
+    rows = F.pad((grey.clamp(0, 1) * 255).byte(), (1, 0)).cpu().numpy()        # a 0 opens each row
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
+    data = b"".join(struct.pack(">I", len(body)) + kind + body
+                    + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
 
-    Lifts out with: nothing.
+
+def portrait(audio, rate, top=3000, columns=320, rows=65):
+    """Shades [., L] of audio [T]: its spectrogram up to `top` Hz; below, its waveform's outline.
+
+    Black is loudest, white 80 dB less; a window of 1/16 s parts a low string's harmonics.
+    Lifts out with: envelope.
     """
-    S = torch.stft(audio, size, hop_length=size // 4, window=torch.hann_window(size),
-                   pad_mode="constant", return_complex=True).abs()[1:rows + 1].flip(0)   # [f, l]
+    size, hop = 2 ** round(math.log2(rate / 16)), -(-len(audio) // columns)    # 16: see above
+    peaks = envelope(audio[None], hop)                                         # [1, L]
+    S = torch.stft(audio, size, hop, window=torch.hann_window(size), pad_mode="constant",
+                   return_complex=True).abs()[1:top * size // rate + 1, :peaks.shape[1]].flip(0)
     decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
-    grey = F.pad((decibels / -80 * 255).byte(), (1, 0))            # 255: white; a 0 opens each row
-    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
-                                + struct.pack(">I", zlib.crc32(kind + body)))
-    head = struct.pack(">IIBBBBB", S.shape[1], S.shape[0], 8, 0, 0, 0, 0)      # 8 bits, grey
-    data = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
-            + chunk(b"IDAT", zlib.compress(grey.numpy().tobytes())) + chunk(b"IEND", b""))
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return torch.cat([decibels / -80, torch.linspace(1, -1, rows)[:, None].abs() > peaks])    # 80
+
+
+def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=160, apart=16):
+    """An SVG figure of lines {name: [(x, y)]}; their dashes, and names at their ends, part them.
+
+    log: the y axis is. What it cannot show (NaN, infinity, 0 if log) is left out, as are lines
+    without a point; "" if nothing is left. Text is escaped. Lifts out with: nothing.
+    """
+    lift, drop, least = (math.log, math.exp, 0) if log else (float, float, -math.inf)
+    lines = {name: kept for name, line in lines.items()
+             if (kept := [(x, lift(y)) for x, y in line if least < y < math.inf])}    # NaN is not
+    if not lines:
+        return ""
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys if log else (0, *ys)), max(ys)
+    X = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0 or 1), 1)
+    Y = lambda y: round(bottom + (top - bottom) * (y - y0) / (y1 - y0 or 1), 1)
+    write = lambda x, y, text: f'<text x="{x}" y="{y}">{html.escape(text)}</text>'
+    marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
+    for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
+        marks += [write(0, Y(y), f"{drop(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
+                  write(X(x), bottom + apart, f"{x:.4g}")]
+    dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
+    for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
+        below = max(Y(line[-1][1]), below + apart)                         # names never meet
+        said.append(f"{name} {drop(line[-1][1]):.3g}")
+        points = " ".join(f"{X(x)},{Y(y)}" for x, y in line)
+        marks += [f'<polyline points="{points}" stroke-dasharray="{next(dashes)}"/>',
+                  write(right + apart / 2, below, said[-1])]
+    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 200" role='
+            f'"img" aria-label="{html.escape("; ".join(said))}">{"".join(marks)}</svg></figure>')
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }}
+<style>body {{ font: 1rem/1.4 sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
-audio, img {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 8rem }}</style>
-<h1>{title}</h1><p>{count} sounds and their spectrograms: time runs to the right, pitch upwards,
-dark is loud.</p><main>{figures}</main></html>
+audio, img, svg {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 12rem }}
+svg {{ font-size: 13px; dominant-baseline: middle; stroke-width: 1.6 }} path {{ stroke: #ccc }}
+polyline {{ fill: none; stroke: #000 }} hr {{ grid-column: 1 / -1; width: 100% }}</style>
+<h1>{title}</h1><p>real: kept from training; codec: through the codec; generated: from noise.
+Time runs to the right; 0 to 3000 Hz upwards, dark is loud; below, the outline of the waveform.</p>
+<main>{figures}</main></html>
 """
 
 
-def write_page(folder, title):
-    """Write folder/index.html, self-contained: a player and a picture of each wav in the folder.
+def write_page(run, folder, fresh={}):
+    """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
 
-    folder/sounds.json says {file: words}, a file that cannot be read is left out, and all text is
-    escaped: names are not to be trusted. Lifts out with: spectrogram.
+    `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
+    missing is left out. Lifts out with: chart, write_json.
     """
-    folder, figures = pathlib.Path(folder), []
-    for file, words in json.loads((folder / "sounds.json").read_text()).items():
-        try:
-            audio = soundfile.read(folder / file, dtype="float32", always_2d=True)[0].mean(axis=1)
-        except RuntimeError:                                       # deleted since, or spoilt
-            continue
-        sound = base64.b64encode((folder / file).read_bytes()).decode()
-        picture, name = spectrogram(torch.from_numpy(audio)), html.escape(pathlib.Path(file).stem)
-        figures.append(f'<figure><figcaption><b>{name}</b><br>{html.escape(words)}</figcaption>'
-                       f'<audio controls src="data:audio/wav;base64,{sound}"></audio>'
-                       f'<img alt="spectrogram of {name}" src="{picture}"></figure>')
-    page = PAGE.format(title=html.escape(title), count=len(figures), figures="\n".join(figures))
+    known = lambda path: json.loads(path.read_text()) if path.exists() else {}
+    figures = fresh | known(folder / "page.json") | fresh
+    write_json(folder / "page.json", figures)
+    log, measured = run.folder / "log.csv", known(run.folder / "evaluation.json")
+    rows = [row.split(",") for row in log.read_text().splitlines()[1:]] if log.exists() else []
+    losses = [chart(f"{phase}: losses, log axis", "step of the training", {
+        name: [(int(step), float(value)) for _, step, what, value in rows if what == name]
+        for name in names.split(", ")}, log=True) for phase, names in (
+        ("diffusion", "loss, held out, zero network, ideal Gaussian"), ("codec", "l1, stft, kl"))]
+    (name, steps), tune = run.sampler(), measured.get("pitch_accuracy", {})
+    t, path = run.objective.times(steps), figures.pop("path", "")
+    levels = {name: [*enumerate((run.objective.sigma(t) / run.objective.alpha(t)).tolist())]}
+    shares = {kind: [(float(w), measured[f"pitch_accuracy_{kind}"]) for w in tune]
+              for kind in ("real", "codec")} | {"generated": [(float(w), tune[w]) for w in tune]}
+    every = [*figures.values(), "<hr>", path, *losses,
+             chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
+             chart("notes in tune", "guidance scale w", shares)]
+    page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def write_sounds(run, folder, audio, names, labels, text):
-    """Write audio [B, T] as wav files and their page; print how loud and how well in tune each is.
+def write_sounds(run, folder, sounds, path):
+    """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
 
-    Lifts out with: the whole program.
+    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
     """
-    listed, rate = folder / "sounds.json", run.codec.sample_rate
+    fresh, rate = {}, run.codec.sample_rate
+    figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
     folder.mkdir(parents=True, exist_ok=True)
-    words = json.loads(listed.read_text()) if listed.exists() else {}
-    for sound, name, label in zip(audio, names, labels.tolist()):
-        path, peak = folder / f"{name}.wav", save_audio(str(folder / f"{name}.wav"), sound, rate)
-        track = pitch_track(sound[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
-        found = note_pitch(track).item()
-        said = "no pitch heard" if math.isnan(found) else f"pitch {found:.2f}"
-        if label[0] >= 0 and not math.isnan(found):
-            said += f" for {label[0]}, {100 * (found - label[0]):+.0f} cents"  # 100 to a semitone
-        words[path.name] = f"{text}; {said}; peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)
-        print(f"{path}: {words[path.name]}")
-    write_json(listed, words)
-    write_page(folder, f"minidiff: {run.folder.name}")
+    for name, text, label, audio in sounds:
+        file, title = folder / f"{name}.wav", html.escape(name)
+        peak = save_audio(str(file), audio, rate)
+        track = pitch_track(audio[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
+        found, (pitch, velocity, source) = note_pitch(track).item(), label.tolist()
+        said = [text, f"pitch {pitch}" * (pitch >= 0), f"velocity {velocity}" * (velocity >= 0),
+                *run.settings["sources"][source:source + 1],
+                "no pitch heard" if math.isnan(found) else f"heard {found:.2f}",
+                f"{100 * (found - pitch):+.0f} cents" * (pitch >= 0 and found > 0),   # a semitone
+                f"peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)]
+        print(f"{file}:", said := "; ".join(filter(None, said)))
+        sound, picture = base64.b64encode(file.read_bytes()).decode(), png(portrait(audio, rate))
+        fresh[name] = "<hr>" * (not fresh) + figure(
+            f"<b>{title}</b><br>{html.escape(said)}", f'<audio controls src="data:audio/wav;base64,'
+            f'{sound}"></audio><img src="{picture}" alt="spectrogram and waveform of {title}">')
+    path = [path[round(k * (len(path) - 1) / 5)] for k in range(6)]            # six, evenly
+    strips = [F.pad(x / x.std() / 6 + 0.5, (0, 0, 0, 2), value=1) for _, x in path]    # -3 to 3
+    said = "the first sound out of noise: latents at t = " + ", ".join(f"{t:.2g}" for t, _ in path)
+    fresh["path"] = figure(said, f'<img src="{png(torch.cat(strips))}" alt="{said}">')
+    write_page(run, folder, fresh)
     print(f"listen to them at {folder / 'index.html'}")
 
 
 # --------------------------------------------------------------------------------------------------
 # 11. The command line: python minidiff.py --help
 # --------------------------------------------------------------------------------------------------
-# Each option stands here once: its name, who takes it (Codec, Train, Sample, Evaluate), its default
-# ("-" if that depends), its values, what it is. 0..127 are whole numbers, 0.0..1.0 any between, and
-# x2 says that two are wanted, + that there may be more. A run's settings travel in its checkpoints,
-# so `sample` and `evaluate` need no option to match the training.
-COMMANDS = {"codec": "train the Snake VAE alone",
-            "train": "train a codec if there is none, then a diffusion model; ends with sounds",
-            "sample": "make sounds with a trained run", "evaluate": "measure a trained run"}
+# Each option stands here once, under its heading: its name, who takes it (Codec, Train, Sample,
+# Evaluate), its default ("-" if that depends), its values, what it is. 0..127 are whole numbers,
+# 0.0..1.0 any between, and x2 says that two are wanted, + that there may be more. A run's settings
+# travel in its checkpoints, so `sample` and `evaluate` need no option to match the training.
+COMMANDS = {
+    "codec": ("train the Snake VAE alone", "--data my_folder --codec-steps 5000"),
+    "train": ("train a codec where there is none, and a diffusion model", "--data my_folder"),
+    "sample": ("make sounds with a trained run", "--run runs/plucks --pitch 60 64 67 --cfg 3"),
+    "evaluate": ("measure a trained run", "--run runs/plucks --sampler heun --steps 8")}
 OPTIONS = """
+data and run
 --data             ct   plucks TEXT                    plucks, melodies, nsynth (335 MB), a folder
---seconds          cts  -      0.05..3600.0            length, s (the longest recording's, at most
-                                                       8; sample: the run's)
+--seconds          cts  -      0.05..3600.0            seconds (the data's, at most 8; the run's)
 --run              ctse -      PATH                    folder of the run (runs/ and the data's name)
+--steps            tse  -      1..                     steps: training (900), sampling (16; heun 9)
+--device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
+--seed             ctse 0      0..                     of all that is random; sound i has seed + i
+model
 --codec            t    auto   auto|vae|music2latent   auto: vae for built-in data, else the other
 --net              t    unet   unet|tutorial           the network, chapter 4
 --objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
---steps            tse  -      1..                     train: diffusion steps (900); else sampling
-                                                       steps (16; heun 9)
+training
 --codec-steps      ct   2600   1..                     steps of the Snake VAE
 --batch-size       t    32     1..                     sounds in a diffusion step
 --lr               t    0.001  0.0..                   highest learning rate of the diffusion model
---adversarial-from ct   -      0..                     codec step when its discriminator joins
-                                                       (never)
+--adversarial-from ct   -      0..                     codec step: its discriminator joins (never)
 --precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
 --resume           ct   -      FLAG                    go on where the run was stopped
---device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
---seed             ctse 0      0..                     of all that is random; sound i has seed + i
---count            se   -      1..                     sample: sounds for each pitch (1); evaluate:
-                                                       sounds to measure (185)
+sampling
+--count            se   -      1..                     sounds: for each pitch (1), measured (185)
 --pitch            s    -      0..127+                 MIDI pitches (left open)
 --velocity         s    -      0..127                  MIDI velocity (left open)
 --source           s    -      TEXT                    such as guitar_acoustic (left open)
@@ -2283,23 +2354,19 @@ OPTIONS = """
 --schedule         s    -      linear|karras|polyexponential
                                                        grid of times (linear; karras for EDM,
                                                        polyexponential for dpmpp_3m_sde)
---sigma-min        s    0.002  1e-6..1e6               its smallest sigma / alpha before 0, and
---sigma-max        s    80.0   1e-6..1e6               its largest; linear has neither
---rho              s    -      1e-3..1e3               its bend: more steps at little noise (karras
-                                                       7, polyexponential 1)
+--sigma-min        s    0.002  1e-6..1e6               its smallest sigma/alpha before 0
+--sigma-max        s    80.0   1e-6..1e6               its largest sigma/alpha
+--rho              s    -      1e-3..1e3               its bend (karras 7, polyexponential 1)
 --plot-schedule    s    -      FLAG                    draw the noise levels of the three grids
 --cfg              s    2.0    -1e3..1e3               guidance scale w: 1 is none, 0 unconditional
 --rescale          s    0.0    0.0..1.0                give back the loudness that guidance adds
 --cfg-interval     s    -      0.0..x2                 guide only between these times t (always)
 --negative-pitch   s    -      0..127                  MIDI pitch to move away from (none)
 --init-audio       s    -      PATH                    sound file to start from (noise)
---init-noise       s    -      0.0..                   its noise level t: 0 gives it back, the
-                                                       largest ignores it (the largest)
---midi             s    -      PATH                    MIDI file to play, its highest voice (for
-                                                       --condition control)
+--init-noise       s    -      0.0..                   its noise level t, 0: as it is (the largest)
+--midi             s    -      PATH                    MIDI file to play, its highest voice
 --keep             s    -      0.0..x2                 start and end of what to keep of it, s (none)
---match            s    -      PATH                    sound whose envelope to follow, by descent on
-                                                       the noise (chapter 3's DITTO)
+--match            s    -      PATH                    sound whose envelope to follow, by DITTO
 --out              s    -      PATH                    folder for the sounds (samples in the run)
 """
 
@@ -2343,16 +2410,21 @@ def parse(argv):
     """
     top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
     commands = top.add_subparsers(dest="command", required=True)
-    subs = [commands.add_parser(name, help=h, description=h) for name, h in COMMANDS.items()]
-    for row in re.findall("--.*(?:\n +.*)*", OPTIONS):
+    subs = [commands.add_parser(name, help=h, description=h,
+                                epilog=f"example: python minidiff.py {name} {example}")
+            for name, (h, example) in COMMANDS.items()]
+    for row in re.findall("^\\w.*|^--.*(?:\n +.*)*", OPTIONS, re.M):
+        if row[0] != "-":
+            groups = [sub.add_argument_group(row) for sub in subs]
+            continue
         name, users, default, word, text = row.split(maxsplit=4)
         kind = option_kind(word)
         defaults[name[2:].replace("-", "_")] = (
             None if default == "-" else kind.get("type", str)(default))
         text += "" if default == "-" else f" (default {default})"
-        for sub, command in zip(subs, COMMANDS):
+        for group, command in zip(groups, COMMANDS):
             if command[0] in users:
-                sub.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
+                group.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(top.parse_args(argv))
     return argparse.Namespace(**defaults | given), set(given)
 
@@ -2495,13 +2567,15 @@ def command_train(options, given, device):
                     options.run / "model.pt", seed, options.batch_size, options.lr,
                     settings["condition"], precision, options.resume, settings)
     if rank == 0:
-        run, (real, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # 4 sounds
-        x = generate(GuidedNet(run.net, options.cfg), run.objective, real.shape, *run.sampler(),
-                     seed, device=device, **run.conditions(labels, curves))
-        for title, latents, text in (("codec", real, "a held-out sound through the codec"),
-                                     ("generated", x, "generated")):
-            names = [f"{title}_{i}" for i in range(len(real))]
-            write_sounds(run, options.run / "samples", run.decode(latents), names, labels, text)
+        run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
+        x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
+                               **run.conditions(labels, curves))
+        real = [recordings.audio(i, 0, round(recordings.seconds * recordings.sample_rate))
+                for i in data.valid[:len(x)].tolist()]
+        kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
+        write_sounds(run, options.run / "samples", [
+            (f"{kind}_{i}", "", labels[i], audio[i])
+            for i in range(len(x)) for kind, audio in kinds.items()], path)
 
 
 def plot_schedule(objective, steps, **levels):
@@ -2615,20 +2689,20 @@ def command_sample(options, given, device):
     levels = {k: getattr(options, k) for k in ("sigma_min", "sigma_max", "rho")}
     if options.plot_schedule:
         plot_schedule(run.objective, steps, **levels)
-    times = None if options.init_noise == 0 else schedule(
-        run.objective, options.schedule, steps, options.init_noise, **levels)
-    given_to_net = run.conditions(labels, curves.expand(len(labels), -1, -1))
-    draw = lambda noise: generate(
-        net, run.objective, shape, name, steps, options.seed, times, options.eta, init,
-        options.init_noise, keep, noise, device=device, **given_to_net)
+    how = {"eta": options.eta, "init": init, "init_noise": options.init_noise, "keep": keep,
+           "times": None if options.init_noise == 0 else schedule(
+               run.objective, options.schedule, steps, options.init_noise, **levels),
+           **run.conditions(labels, curves.expand(len(labels), -1, -1))}
     noise = options.match and match_envelope(
-        draw, shape, options.seed, lambda x: codec.decode(x * run.std + run.mean), codec.hop,
+        lambda noise: generate(net, run.objective, shape, name, steps, noise=noise, **how), shape,
+        options.seed, lambda x: codec.decode(x * run.std + run.mean), codec.hop,
         load(options.match))
+    x, path = run.generate(net, shape, name, steps, options.seed, noise=noise, **how)
     names = [f"sample_{options.seed + i}" + (f"_pitch_{p}" if p >= 0 else "")
              for i, p in enumerate(labels[:, 0].tolist())]
-    audio = run.decode(draw(noise))
-    write_sounds(run, options.out or run.folder / "samples", audio, names, labels,
-                 f"w = {options.cfg:g}, {name} {steps}")
+    text, audio = itertools.repeat(f"w = {options.cfg:g}, {name} {steps}"), run.decode(x)
+    write_sounds(run, options.out or run.folder / "samples", [*zip(names, text, labels, audio)],
+                 path)
     if options.midi:
         figures = measure(audio, codec.sample_rate, codec.hop,
                           curves=curves.expand(len(audio), -1, -1))
@@ -2651,8 +2725,9 @@ def main(argv=None):
         data = os.path.basename(os.path.abspath(options.data))
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
-            evaluate(Run(options.run, device), options.count or 185, options.seed,    # the default
-                     options.sampler, options.steps, more=options.more)
+            evaluate(run := Run(options.run, device), options.count or 185,      # 185: the default
+                     options.seed, options.sampler, options.steps, more=options.more)
+            write_page(run, run.folder / "samples")
         elif options.command == "sample":
             command_sample(options, given, device)
         else:
