@@ -408,6 +408,13 @@ def test_unet_conditions():
     assert seen[0][0, 5::2, 0].abs().max() == 0                     # not given: zeros
 
 
+def test_frame_norm():
+    """(3, 5, 7) becomes (-1, 0, 1) sqrt(3/2), whatever stands in the other frames."""
+    x = torch.randn(1, 3, 9, generator=seeded())
+    x[0, :, 4] = torch.tensor([3.0, 5, 7])
+    assert m.FrameNorm(3)(x)[0, :, 4].tolist() == pytest.approx([-1.5 ** 0.5, 0, 1.5 ** 0.5], abs=1e-4)
+
+
 def test_blocks_by_hand():
     """Modulation by scale -1 and shift 2 leaves conv2(silu(2)) beside x; attention is softmax(q k / sqrt(4)) v beside x."""
     block, attention, x = m.ResidualBlock(8, 8, 3), m.SelfAttention(8, heads=2), torch.randn(2, 8, 5, generator=seeded())
@@ -1077,7 +1084,7 @@ def test_a_scale_from_midi(tmp_path):
     data, flow, rate, scale = m.LatentDataset(tmp_path, 32, 2), m.RectifiedFlow(), 16_000, (60, 62, 64, 65, 67, 69, 71, 72)
     assert data.touch[0] == pytest.approx(np.quantile([r[2] for r in rows[:3800]], 0.9), rel=0.01) and data.touch[1] == pytest.approx(0.95)
     torch.manual_seed(0)
-    net = m.train_diffusion(m.UNet1d(2, 32, (1, 2), controls=2), flow, data, 250, tmp_path / "x.pt", 0, 32, 2e-3, "control")
+    net = m.train_diffusion(m.UNet1d(2, 32, (1, 2), controls=2), flow, data, 300, tmp_path / "x.pt", 0, 32, 2e-3, "control")
     events = b"".join(b"\x00\x90" + bytes([p, 110]) + b"\x64\x80" + bytes([p, 0]) for p in scale)      # half a second each
     (tmp_path / "scale.mid").write_bytes(midi_bytes(events))
     notes = m.read_midi(tmp_path / "scale.mid")
