@@ -5,19 +5,23 @@ denoiser is D = (alpha s^2 x_t + sigma^2 mu) / (alpha^2 s^2 + sigma^2), and the 
 x(t) = alpha mu + sqrt(alpha^2 s^2 + sigma^2) z with one z for all t.
 """
 import ast
+import contextlib
 import csv
 import functools
 import http.server
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -1211,25 +1215,89 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
     assert m.main([]) == 0 and "python minidiff.py train" in capsys.readouterr().out
 
 
-def test_interrupted_and_resumed(tmp_path):
-    """A real process: SIGTERM during training saves and exits with 130; --resume finishes the run."""
-    start = ("import sys, minidiff as m; m.Plucks.__init__.__defaults__ = (30, 0, 0.4, 16_000); "
-             "m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1); sys.exit(m.main())")
-    argv = [sys.executable, "-c", start, "train", "--run", str(tmp_path / "r"), "--codec-steps", "2", "--batch-size", "2"]
-    process = subprocess.Popen([*argv, "--steps", "100000"], cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("diffusion:"):
-            break
-    (tmp_path / "r" / "wait").touch()
-    try:
-        process.wait(4)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    assert process.wait(60) == 130 and "--resume" in process.stderr.read()
-    done = m.load_checkpoint(tmp_path / "r" / "model.pt")["step"]
-    assert 0 < done < 100_000
-    assert subprocess.run([*argv, "--steps", str(done + 2), "--resume"], cwd=HERE, capture_output=True).returncode == 0
-    assert m.load_checkpoint(tmp_path / "r" / "model.pt")["step"] == done + 2
+# A process that imports once and forks for each line of its input: Python to run first | arguments of main. It is as
+# much a process as any, and 20 can be killed in the time in which 20 import torch. A minute between saves lasts 60 ms.
+PROGRAM = """
+import os, resource, shutil, signal, sys, time, torch._dynamo, minidiff as m      # the first optimiser wants _dynamo
+m.Plucks.__init__.__defaults__ = (40, 0, 0.4, 16_000)
+m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1)
+m.SnakeVAE.__init__.__defaults__ = (8, (4, 4, 4, 4), 4, (1,))
+m.train_codec.__defaults__ = (0, "cpu", 1, 5e-4, 1024, 1e-3, None, False, None)
+clock = time.monotonic
+time.monotonic = lambda: 1000 * clock()
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)
+for line in sys.stdin:
+    before, argv = line.split("|")
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr
+        exec(before)
+        os._exit(m.main(argv.split()))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """call(arguments, before="", kill_after=None) -> (status, what it said); once: a run that nothing disturbed."""
+    root = tmp_path_factory.mktemp("program")
+    with (root / "said").open("w") as said, subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=HERE, text=True, stderr=said,
+                                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        def call(arguments, before="", kill_after=None):
+            at = (root / "said").stat().st_size
+            print(before, arguments, sep="|", file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
+            if kill_after is not None:
+                time.sleep(kill_after)
+                with contextlib.suppress(ProcessLookupError):       # it was quicker
+                    os.kill(child, signal.SIGKILL)
+            return int(process.stdout.readline()), (root / "said").read_text()[at:]
+        call.once, began = root / "once", time.monotonic()
+        assert call(f"train --run {call.once} {TINY}")[0] == 0
+        call.seconds = time.monotonic() - began
+        yield call
+        process.stdin.close()
+
+
+TINY = "--codec-steps 120 --steps 150 --batch-size 2"
+DIES_AT_SAVE = "n = iter(range({})); os.fsync = lambda _: next(n, None) is None and os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def alike(a, b):
+    """Two runs have the same weights, optimisers, random states, settings and latents, bit for bit."""
+    return (all(same(m.load_checkpoint(a / name), m.load_checkpoint(b / name)) for name in ("codec.pt", "model.pt"))
+            and (a / "latents" / "frames.bin").read_bytes() == (b / "latents" / "frames.bin").read_bytes())
+
+
+def test_killed_at_any_moment(program, tmp_path):
+    """SIGKILL between write and rename, or at any other moment: resumed, it ends as `once` did, log and all. ROUNDS=20 for more."""
+    run, random, ended = tmp_path / "r", np.random.default_rng(0), []
+    for k in range(int(os.environ.get("ROUNDS", 4))):
+        how = ({"before": DIES_AT_SAVE.format(random.integers(1, 14) if k else 1)} if k % 2 == 0 else
+               {"kill_after": random.uniform(0, program.seconds)})
+        status, said = program(f"train --run {run} {TINY}" + " --resume" * bool(k), **how)
+        assert status in (0, -9), said
+        assert k or (run / "codec.pt.new").exists() and not (run / "codec.pt").exists()       # the first dies in a save
+        ended.append(status)
+    status, said = program(f"train --run {run} {TINY} --resume")
+    assert status == 0 and -9 in ended, said
+    assert alike(run, program.once) and (run / "log.csv").read_text() == (program.once / "log.csv").read_text()
+    assert not list(run.rglob("*.new"))
+
+
+def test_interrupted_and_resumed(program, tmp_path):
+    """Ctrl-C in the codec's first step, SIGTERM in the first encoding, Ctrl-C in the model's first step: saved, said, 130."""
+    run, line = tmp_path / "r", f"train --run {tmp_path / 'r'} {TINY} --resume"
+    for number, where, words in ((2, "Recordings.crops", "codec: 1 steps are saved"), (15, "pitch_track", "recordings are saved"),
+                                 (2, "drop_conditions", "diffusion: 1 steps are saved")):
+        before = f"old = m.{where}; m.{where} = lambda *a, **k: os.kill(os.getpid(), {number}) or old(*a, **k)"
+        status, said = program(line, before)
+        assert status == 130 and words in said and "--resume" in said.splitlines()[-1], said
+    assert program(line)[0] == 0 and alike(run, program.once)
+    rows = [row.split(",")[:3] for row in (run / "log.csv").read_text().splitlines()]
+    assert len(rows) == len(set(map(tuple, rows)))
 
 
 # ---- The text does not lie ----
