@@ -1200,6 +1200,18 @@ class Interrupt:
             signal.signal(which, handler)
 
 
+@contextlib.contextmanager
+def fitting(path):
+    """Within it, what a foreign file lacks or has in another shape is a ValueError that names
+    `path` and the field. Lifts out with: nothing.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
+        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
+
+
 class Recordings:
     """What a source of sound has: audio(i, start, length) -> [T], samples at `sample_rate` Hz.
 
@@ -1352,8 +1364,7 @@ class AudioFolder(Recordings):
         seen = read_json(known) if known else {}
         progress, rows = Progress("checking files", len(files)), []
         for done, path in enumerate(files, 1):
-            stat = os.path.exists(path) and path.stat()            # False in a closed folder, too
-            stamp = stat and [stat.st_size, stat.st_mtime_ns]
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if os.path.exists(path) else 0
             if seen.get(str(path), [None])[0] != stamp:
                 seen[str(path)] = [stamp, *inspect_audio(path)]
             rows.append((path, str(path.relative_to(root)), *seen[str(path)][1:]))
@@ -1430,7 +1441,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
 
     Unpacks beside the target and renames at the end: half a set never looks like a whole one.
     ValueError: wrong bytes, a spoilt archive, entries that would leave the folder, more than 4 GB.
-    Lifts out with: Progress, download.
+    Lifts out with: Progress, download, fitting.
     """
     target, archive, fresh = (pathlib.Path(folder, name) for name in
                               ("NSYNTH_GUITAR_MP3", "NSYNTH.zip", "unpacking"))
@@ -1440,20 +1451,17 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
     if not archive.exists():
         download(url, archive, size, sha256)
     shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as bundle:
-            entries, inside = bundle.infolist(), fresh.resolve()
-            leaving = [entry.filename for entry in entries
-                       if not (inside / entry.filename).resolve().is_relative_to(inside)]
-            if leaving or sum(entry.file_size for entry in entries) > 4e9:               # 4 GB
-                raise ValueError(f"{archive}: {leaving[0]!r} leaves its folder" if leaving
-                                 else f"{archive}: more than 4 GB inside; nothing unpacked")
-            progress = Progress("unpacking", len(entries))
-            for done, entry in enumerate(entries, 1):
-                bundle.extract(entry, fresh)
-                progress(done)
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{archive}: {error}; delete it and run the same again") from None
+    with fitting(archive), zipfile.ZipFile(archive) as bundle:
+        entries = bundle.infolist()
+        for name in bundle.namelist():
+            if not (fresh / name).resolve().is_relative_to(fresh.resolve()):
+                raise ValueError(f"{archive}: {name!r} leaves its folder; nothing unpacked")
+        if sum(entry.file_size for entry in entries) > 4e9:                              # 4 GB
+            raise ValueError(f"{archive}: more than 4 GB inside; nothing unpacked")
+        progress = Progress("unpacking", len(entries))
+        for done, entry in enumerate(entries, 1):
+            bundle.extract(entry, fresh)
+            progress(done)
     os.replace(fresh / target.name if (fresh / target.name).is_dir() else fresh, target)
     shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -1527,15 +1535,12 @@ def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
                 samples = (min(b + overlap, L) - begin) * hop + codec.tail
                 yield samples, i, begin * hop, b == L, slice(a - begin, b - begin)
 
-    def sound(samples, i, begin, *_):
-        audio = recordings.audio(i, begin, samples)
-        return F.pad(audio, (0, samples - len(audio)))
-
-    for _, alike in itertools.groupby(pieces(), key=lambda piece: piece[0]):
+    for samples, alike in itertools.groupby(pieces(), key=lambda piece: piece[0]):
         while together := list(itertools.islice(alike, batch)):
             if together[-1][1] < first:
                 continue
-            audio = torch.stack([sound(*piece) for piece in together])                   # [n, T]
+            audio = [recordings.audio(i, begin, samples) for _, i, begin, _, _ in together]
+            audio = torch.stack([F.pad(x, (0, samples - len(x))) for x in audio])        # [n, T]
             rows = codec.encode(audio.to(device)).cpu()                                  # [n, C, L]
             if curves:
                 both = torch.stack([envelope(audio, hop), pitch_track(audio, rate, hop)], dim=1)
@@ -1590,7 +1595,7 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
                 write_json(store, index)
                 saved = time.monotonic()
             if stop.asked:
-                raise KeyboardInterrupt(f"encoding: {len(items):,} recordings are saved")
+                raise KeyboardInterrupt(f"{len(items):,} recordings are saved; go on with --resume")
 
 
 class LatentDataset:
@@ -1715,18 +1720,6 @@ def load_checkpoint(path):
     return state
 
 
-@contextlib.contextmanager
-def fitting(path):
-    """Within it, what a foreign checkpoint lacks or has in another shape is a ValueError that names
-    `path` and the field. Lifts out with: nothing.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
-        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
-
-
 def rank_and_world():
     """(which process am I, of how many): (0, 1) without torchrun. Lifts out with: nothing."""
     group = torch.distributed
@@ -1739,17 +1732,9 @@ def learning_rate(step, peak, warmup=100, settle=2000):
     return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
 
 
-def read_log(path, phase, step):
-    """The lines of a log.csv up to `step` of `phase`: what a killed run logged after it had saved
-    for the last time will come again. Lifts out with: nothing.
-    """
-    lines = path.read_text().splitlines(True) if path.exists() else ["phase,step,quantity,value\n"]
-    return [x for x in lines if x.split(",")[0] != phase or int(x.split(",")[1]) <= step]
-
-
 def read_means(what, unread, done, lr):
-    """{name: mean} of what the last steps, a dict each, said. ValueError if one is not finite.
-    Lifts out with: learning_rate.
+    """{name: mean} of the last steps' dicts; ValueError for what is not finite. Lifts out with:
+    learning_rate.
     """
     read = [{name: float(value) for name, value in seen.items()} for seen in unread]
     for step, seen in enumerate(read, done - len(read)):
@@ -1770,7 +1755,7 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
     for a GPU, and logged with report(means, averaged net) -> (more numbers, text to show). Raises
     ValueError at once when one is not finite (`path` keeps the last good state), KeyboardInterrupt,
     after saving, on Ctrl-C. Lifts out with: EMA, Interrupt, Progress, fitting, learning_rate,
-    load_checkpoint, rank_and_world, read_log, read_means, save_checkpoint, write_file.
+    load_checkpoint, rank_and_world, read_means, save_checkpoint, write_file.
     """
     path, (rank, world) = pathlib.Path(path), rank_and_world()
     optimiser, ema = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True), EMA(net)
@@ -1783,11 +1768,13 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
     unread, log, saved = [], path.parent / "log.csv", time.monotonic()
     # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
     gradient = torch.zeros((), pin_memory=next(net.parameters()).is_cuda)
-    rows = read_log(log, what, state["step"])
+    rows = log.read_text().splitlines(True) if log.exists() else ["phase,step,quantity,value\n"]
+    # What a killed run logged after it had saved for the last time will come again.
+    rows = [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= state["step"]]
     progress = Progress(what, steps, "steps", state["step"])
 
     def save(done):
-        write_file(log, "".join(rows).encode())      # first: what is too much is known as such
+        write_file(log, "".join(rows).encode())        # first: too much of it is known as such
         save_checkpoint(path, step=done, complete=done == steps, settings=settings,
                         generator=generator.get_state(),
                         **{name: part.state_dict() for name, part in parts.items()})
@@ -1817,7 +1804,7 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
                 save(done)
                 saved = time.monotonic()
             if asked:
-                raise KeyboardInterrupt(f"{what}: {done:,} steps are saved")
+                raise KeyboardInterrupt(f"{what}: {done:,} steps are saved; go on with --resume")
     return ema.module
 
 
@@ -1829,7 +1816,7 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
     go through the balancer, the KL beside it (seeds/004). The log shows each loss and its share.
     Lifts out with: EMA, Interrupt, LossBalancer, Progress, STFTDiscriminator,
     feature_matching_loss, fitting, hinge_discriminator_loss, hinge_generator_loss, kl_divergence,
-    learning_rate, load_checkpoint, rank_and_world, read_log, read_means, save_checkpoint,
+    learning_rate, load_checkpoint, rank_and_world, read_means, save_checkpoint,
     standard_normal, stft_loss, training_loop, write_file.
     """
     generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
@@ -1911,7 +1898,7 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr
     condition: "note" (labels), "control" (curves) or "none". The held-out loss is of the averaged
     weights, at the same noise and times each time, so that two of them can be compared.
     Lifts out with: EMA, Interrupt, Progress, conditions, drop_conditions, expand, fitting,
-    learning_rate, load_checkpoint, rank_and_world, read_log, read_means, reference_losses,
+    learning_rate, load_checkpoint, rank_and_world, read_means, reference_losses,
     save_checkpoint, standard_normal, training_loop, write_file.
     """
     device, (rank, world) = data.device, rank_and_world()
@@ -2581,15 +2568,15 @@ def main(argv=None):
                 options.codec, given = "vae", given | {"codec"}
             command_train(options, given, device)
     except KeyboardInterrupt as stopped:
-        print(f"\nminidiff: interrupted. {stopped or 'What was saved is whole'}; go on with the "
-              "same command and --resume", file=sys.stderr)
+        print(f"\nminidiff: interrupted. {stopped or 'What was saved is whole'}", file=sys.stderr)
         return 130                                                 # the shell's 128 + SIGINT
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # How torch says that memory is full depends on the device; other RuntimeErrors are faults.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        where = f"{options.run}: " * (getattr(error, "filename", "") is None)
-        print(f"minidiff: {where}{str(error).splitlines()[0]}", file=sys.stderr)
+        where = f"{options.run}: " * bool(getattr(error, "errno", 0) and not error.filename)
+        said = (str(error) or "out of memory").splitlines()[0]
+        print(f"minidiff: {where}{said}", file=sys.stderr)
         return 2
     finally:
         if rank_and_world()[1] > 1:
