@@ -43,11 +43,13 @@ References, cited by number (arXiv)
 """
 import argparse
 import base64
+import contextlib
 import copy
 import difflib
 import hashlib
 import html
 import http.client
+import io
 import itertools
 import json
 import math
@@ -667,13 +669,17 @@ def resample(audio, from_rate, to_rate, padding=0.1):
 def read_blocks(path, start=0.0, seconds=math.inf, most=65_536):
     """Yield (mono block [n <= most], sample rate) of a sound file, from `start` for `seconds`.
 
-    A header that claims three hours costs nothing. Raises ValueError naming the file when it is
-    missing or no audio. Lifts out with: nothing.
+    What a header claims costs nothing. Raises ValueError naming the file when it is missing, no
+    audio, or of a rate that no sound has. Lifts out with: nothing.
     """
     try:
         if not os.path.isfile(path):
             raise OSError("no such file")
         with soundfile.SoundFile(path) as file:
+            # As sound at 1 Hz, a short file would be days; to resample from 2 GHz fills the memory.
+            if not 1e3 <= file.samplerate <= 1e6:                          # 1 kHz, 1 MHz
+                raise ValueError(f"a sample rate of {file.samplerate} Hz")
+            most = max(1, most // file.channels)
             file.seek(round(min(start * file.samplerate, file.frames)))
             left = round(min(seconds * file.samplerate, file.frames))
             while left > 0 and len(block := file.read(min(most, left), "float32", always_2d=True)):
@@ -1159,6 +1165,36 @@ class Progress:
               end="\n" * (last and not brief or not live), file=sys.stderr, flush=True)
 
 
+class Interrupt:
+    """`with Interrupt() as stop`: Ctrl-C and SIGTERM set stop.asked. Lifts out with: nothing."""
+    asked, before = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():     # the others get no signals
+            self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, *_):
+        self.asked = True
+        self.__exit__()                                                     # a second one kills
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Within it, what a foreign file lacks or has in another shape is a ValueError that names
+    `path` and the field. Lifts out with: nothing.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
+        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
+
+
 class Recordings:
     """What a source of sound has: audio(i, start, length) -> [T], samples at `sample_rate` Hz.
 
@@ -1243,14 +1279,36 @@ class Melodies(Plucks):
         return notes
 
 
+def write_file(path, content):
+    """Write bytes so that a crash, at any moment, leaves the old file or the new one.
+
+    Raises OSError naming the file, the old one untouched. Lifts out with: nothing.
+    """
+    fresh = pathlib.Path(f"{path}.new")
+    try:
+        with open(fresh, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def write_json(path, content):
-    """Write JSON so that a crash leaves the old file or the new one. Lifts out with: nothing."""
+    """The same for a dict, and for the folders above it. Lifts out with: write_file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.new", "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    write_file(path, json.dumps(content).encode())
+
+
+def read_json(path):
+    """What write_json wrote; an empty dict if it is missing or spoilt. Lifts out with: nothing."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def inspect_audio(path):
@@ -1265,7 +1323,7 @@ def inspect_audio(path):
     except ValueError as error:
         return 0, 0, 0, str(error).removeprefix(f"{path}: ")
     short, soft = frames < max(1, 0.05 * rate), peak < 1e-4                  # 0.05 s; -80 dB
-    problem = ("holds NaN or infinite samples" if not np.isfinite(peak)
+    problem = ("holds NaN or samples above 1000" if not peak <= 1000         # 60 dB too loud
                else f"holds {frames} samples, less than 0.05 s" if short
                else "holds only silence" if soft else None)
     return frames, rate, crc, problem
@@ -1279,7 +1337,8 @@ class AudioFolder(Recordings):
     sample_rate None: the most common, at most 22,050 Hz; seconds None: the longest, at most 8
     (seeds/004). `unusable` is {name: reason}; known: a JSON file that remembers what was found.
     Raises ValueError for no folder, below 2 usable files, or if less than half are usable. Lifts
-    out with: Progress, Recordings, inspect_audio, load_audio, read_blocks, resample, write_json.
+    out with: Progress, Recordings, inspect_audio, load_audio, read_blocks, read_json, resample,
+    write_file, write_json.
     """
 
     def __init__(self, root, sample_rate=None, seconds=None, seed=0, known=None):
@@ -1288,11 +1347,11 @@ class AudioFolder(Recordings):
                              "or a folder of recordings")
         every = [pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names]
         files = sorted(path for path in every if path.suffix.lower() in AUDIO_ENDINGS)
-        seen = json.loads(known.read_text()) if known and known.exists() else {}
+        seen = read_json(known) if known else {}
         progress, rows = Progress("checking files", len(files)), []
         for done, path in enumerate(files, 1):
-            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-            if seen.get(str(path), [0])[0] != stamp:
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns] if os.path.exists(path) else 0
+            if seen.get(str(path), [None])[0] != stamp:
                 seen[str(path)] = [stamp, *inspect_audio(path)]
             rows.append((path, str(path.relative_to(root)), *seen[str(path)][1:]))
             progress(done)
@@ -1367,8 +1426,8 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
     """NSynth's guitars as mp3, 335 MB: downloads, checks, unpacks; returns the folder of notes.
 
     Unpacks beside the target and renames at the end: half a set never looks like a whole one.
-    ValueError: wrong bytes, entries that would leave the folder, or more than 4 GB inside.
-    Lifts out with: Progress, download.
+    ValueError: wrong bytes, a spoilt archive, entries that would leave the folder, more than 4 GB.
+    Lifts out with: Progress, download, fitting.
     """
     target, archive, fresh = (pathlib.Path(folder, name) for name in
                               ("NSYNTH_GUITAR_MP3", "NSYNTH.zip", "unpacking"))
@@ -1378,7 +1437,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
     if not archive.exists():
         download(url, archive, size, sha256)
     shutil.rmtree(fresh, ignore_errors=True)
-    with zipfile.ZipFile(archive) as bundle:
+    with fitting(archive), zipfile.ZipFile(archive) as bundle:
         entries = bundle.infolist()
         for name in bundle.namelist():
             if not (fresh / name).resolve().is_relative_to(fresh.resolve()):
@@ -1447,30 +1506,33 @@ def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
 
     Pieces of `seconds` see one second more on each side, so that no edge is near what is kept: rows
     [frames, C] float32, with `curves` [frames, C + 2], the envelope and the MIDI pitch behind.
-    Equally long pieces share a batch. Lifts out with: envelope, pitch_track.
+    Equally long pieces share a batch, on which rounding depends: what shares one with `first` comes
+    before it, so that the batches, and the bits, are those of an encoding that was never cut off.
+    Lifts out with: envelope, pitch_track.
     """
     rate, hop = codec.sample_rate, codec.hop
     length, overlap = (max(1, round(s * rate / hop)) for s in (seconds, 1))              # frames
 
     def pieces():
-        for i in range(first, len(recordings)):
+        for i in range(len(recordings)):
             L = codec.frames(max(recordings.lengths[i], round(recordings.seconds * rate)))
             for a in range(0, L, length):
                 begin, b = max(0, a - overlap), min(a + length, L)
                 samples = (min(b + overlap, L) - begin) * hop + codec.tail
-                audio = recordings.audio(i, begin * hop, samples)
-                audio = F.pad(audio, (0, samples - len(audio)))
-                yield i, b == L, audio, slice(a - begin, b - begin)
+                yield samples, i, begin * hop, b == L, slice(a - begin, b - begin)
 
-    for samples, alike in itertools.groupby(pieces(), key=lambda piece: len(piece[2])):
+    for samples, alike in itertools.groupby(pieces(), key=lambda piece: piece[0]):
         while together := list(itertools.islice(alike, batch)):
-            audio = torch.stack([piece[2] for piece in together])                        # [n, T]
+            if together[-1][1] < first:
+                continue
+            audio = [recordings.audio(i, begin, samples) for _, i, begin, _, _ in together]
+            audio = torch.stack([F.pad(x, (0, samples - len(x))) for x in audio])        # [n, T]
             rows = codec.encode(audio.to(device)).cpu()                                  # [n, C, L]
             if curves:
                 both = torch.stack([envelope(audio, hop), pitch_track(audio, rate, hop)], dim=1)
                 rows = torch.cat([rows, both[..., :rows.shape[-1]]], dim=1)
-            for (i, last, sound, kept), row in zip(together, rows):
-                yield i, last, sound, row[:, kept].T.contiguous().numpy()
+            for (_, i, _, last, kept), heard, row in zip(together, audio, rows):
+                yield i, last, heard, row[:, kept].T.contiguous().numpy()
 
 
 def encode_recordings(codec, recordings, folder, curves=False, device="cpu", seconds=8.0, batch=16):
@@ -1478,15 +1540,17 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
 
     A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
     out, pitch as recorded, labels] of each recording. Latents of another codec or of other data are
-    replaced. For the other arguments see encode_pieces.
-    Lifts out with: Progress, encode_pieces, envelope, note_pitch, pitch_track, write_json.
+    replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the other arguments see
+    encode_pieces. Lifts out with: Interrupt, Progress, encode_pieces, envelope, note_pitch,
+    pitch_track, read_json, write_file, write_json.
     """
     store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
     N = len(recordings)
     made_from = [recordings.made_from, codec.made_from, recordings.seconds, curves]
-    index = json.loads(store.read_text()) if store.exists() and flat.exists() else {}
-    if index.get("made_from") != made_from:
-        index = {"made_from": made_from, "width": codec.channels + 2 * curves, "items": []}
+    index, width = read_json(store), codec.channels + 2 * curves
+    size = lambda: sum(item[1] for item in index["items"]) * width * np.float32().nbytes   # bytes
+    if index.get("made_from") != made_from or not flat.exists() or flat.stat().st_size < size():
+        index = {"made_from": made_from, "width": width, "items": []}
         # The index goes first: the old one would vouch for new frames.
         write_json(store, index)
     items, frames, saved, rate = index["items"], 0, time.monotonic(), codec.sample_rate
@@ -1494,10 +1558,11 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
         return
     progress = Progress("encoding", N, "recordings", len(items))
     work = encode_pieces(codec, recordings, len(items), seconds, curves, device, batch)
-    whole = sum(item[1] for item in items) * index["width"] * np.float32().nbytes         # in bytes
-    with open(flat, "r+b" if items else "wb") as file:
-        file.truncate(file.seek(whole))             # away with rows of a recording left unfinished
+    with open(flat, "r+b" if items else "wb") as file, Interrupt() as stop:
+        file.truncate(file.seek(size()))            # away with rows of a recording left unfinished
         for i, last, sound, rows in work:
+            if i < len(items):
+                continue
             file.write(rows)
             frames += len(rows)
             if not last:
@@ -1510,11 +1575,13 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
             items.append([recordings.names[i], frames, held, pitch, label])
             progress(len(items))
             frames = 0
-            if len(items) == N or time.monotonic() - saved > 20:   # seconds
+            if len(items) == N or stop.asked or time.monotonic() - saved > 20:           # seconds
                 file.flush()
                 os.fsync(file.fileno())
                 write_json(store, index)
                 saved = time.monotonic()
+            if stop.asked:
+                raise KeyboardInterrupt(f"{len(items):,} recordings are saved; go on with --resume")
 
 
 class LatentDataset:
@@ -1625,20 +1692,12 @@ class EMA:
 
 
 def save_checkpoint(path, **state):
-    """Write tensors, numbers, strings, lists and dicts; a crash leaves the old or the new file.
-
-    Raises OSError, the old file untouched, when it cannot be written. Lifts out with: nothing.
+    """Write tensors, numbers, strings, lists and dicts as write_file does, OSError included.
+    Lifts out with: write_file.
     """
-    fresh = pathlib.Path(f"{path}.new")
-    try:
-        with open(fresh, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except (OSError, RuntimeError) as error:     # torch may call a full disk a RuntimeError
-        fresh.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
+    write_file(path, content.getbuffer())
 
 
 def load_checkpoint(path):
@@ -1646,31 +1705,15 @@ def load_checkpoint(path):
 
     ValueError if it is missing, no checkpoint, or of another format. Lifts out with: nothing.
     """
+    why, state = "has none", {}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state.pop("format") == FORMAT
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                                  # a broken pickle may raise anything
-        raise ValueError(f"{path}: no checkpoint of format {FORMAT} ({type(error).__name__}); "
-                         "train first, name another run, or restore a copy") from None
+        why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+    if (found := state.pop("format", why)) != FORMAT:
+        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}; "
+                         "train first, name another run, or restore a copy")
     return state
-
-
-class Interrupt:
-    """`with Interrupt() as stop`: Ctrl-C and SIGTERM set stop.asked. Lifts out with: nothing."""
-    asked, before = False, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():     # the others get no signals
-            self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, *_):
-        self.asked = True
-        self.__exit__()                                                     # a second one kills
-
-    def __exit__(self, *_):
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
 
 
 def rank_and_world():
@@ -1685,6 +1728,20 @@ def learning_rate(step, peak, warmup=100, settle=2000):
     return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
 
 
+def read_means(what, unread, done, lr):
+    """{name: mean} of the last steps' dicts; ValueError for what is not finite. Lifts out with:
+    learning_rate.
+    """
+    read = [{name: float(value) for name, value in seen.items()} for seen in unread]
+    for step, seen in enumerate(read, done - len(read)):
+        if not all(map(math.isfinite, seen.values())):
+            raise ValueError(
+                f"{what}: the loss is not finite at step {step + 1}, learning rate "
+                f"{learning_rate(step, lr):.3g}; what was saved last is good: --resume with a "
+                "smaller --lr or --precision fp32 (a codec: with another --seed and --run)")
+    return {k: np.mean([seen[k] for seen in read if k in seen]) for k in read[-1]}
+
+
 def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, generator,
                   resume=False, settings=None, every=50, **parts):
     """Train net on what advance(step) -> {name: scalar} backpropagates; returns the averaged net.
@@ -1692,28 +1749,31 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
     `path` gets all parts {name: object with state_dict}, the step, the settings and the generator's
     state, each minute and at the end. Each `every` steps the scalars are read, for reading waits
     for a GPU, and logged with report(means, averaged net) -> (more numbers, text to show). Raises
-    ValueError when one is not finite (`path` keeps the last good state), and KeyboardInterrupt,
-    after saving, on Ctrl-C. Lifts out with: EMA, Interrupt, Progress, learning_rate,
-    load_checkpoint, rank_and_world, save_checkpoint.
+    ValueError at once when one is not finite (`path` keeps the last good state), KeyboardInterrupt,
+    after saving, on Ctrl-C. Lifts out with: EMA, Interrupt, Progress, fitting, learning_rate,
+    load_checkpoint, rank_and_world, read_means, save_checkpoint, write_file.
     """
     path, (rank, world) = pathlib.Path(path), rank_and_world()
     optimiser, ema = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True), EMA(net)
     parts |= {"net": net, "optimiser": optimiser, "ema": ema}
     state = load_checkpoint(path) if resume and path.exists() else {"step": 0}
-    for name, part in parts.items() if state["step"] else ():
-        part.load_state_dict(state[name])
-    generator.set_state(state.get("generator", generator.get_state()))
-    unread, rows, log, saved = [], [], path.parent / "log.csv", time.monotonic()
+    with fitting(path):
+        for name, part in parts.items() if state["step"] else ():
+            part.load_state_dict(state[name])
+        generator.set_state(state.get("generator", generator.get_state()))
+    unread, log, saved = [], path.parent / "log.csv", time.monotonic()
+    # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
+    gradient = torch.zeros((), pin_memory=next(net.parameters()).is_cuda)
+    rows = log.read_text().splitlines(True) if log.exists() else ["phase,step,quantity,value\n"]
+    # What a killed run logged after it had saved for the last time will come again.
+    rows = [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= state["step"]]
     progress = Progress(what, steps, "steps", state["step"])
 
     def save(done):
+        write_file(log, "".join(rows).encode())        # first: too much of it is known as such
         save_checkpoint(path, step=done, complete=done == steps, settings=settings,
                         generator=generator.get_state(),
                         **{name: part.state_dict() for name, part in parts.items()})
-        header = "" if log.exists() else "phase,step,quantity,value\n"
-        with open(log, "a") as file:
-            file.write(header + "".join(rows))
-        rows.clear()
 
     with Interrupt() as stop:
         for step in range(state["step"], steps):
@@ -1721,19 +1781,16 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
             optimiser.zero_grad()
             seen, done = advance(step), step + 1
             seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+            gradient.copy_(seen["gradient"], non_blocking=True)
             optimiser.step()
             ema.update(net)
             unread.append({name: value.detach() for name, value in seen.items()})
             asked = torch.tensor(float(stop.asked))          # on the CPU: no GPU is waited for
             if world > 1:
                 torch.distributed.all_reduce(asked)                    # all ranks stop together
-            if done % every and done < steps and not asked:
+            if done % every and done < steps and not asked and gradient.isfinite():
                 continue
-            means = {k: np.mean([float(old[k]) for old in unread if k in old]) for k in seen}
-            if not all(map(math.isfinite, means.values())):
-                raise ValueError(f"{what}: the loss is not finite at step {done + 1 - len(unread)} "
-                                 f"to {done}; go on from the last checkpoint with --resume and a "
-                                 "smaller --lr or --precision fp32")
+            means = read_means(what, unread, done, lr)
             more, text = report(means, ema.module)
             rows += [f"{what},{done},{k},{v:.6g}\n" for k, v in (means | more).items()]
             unread.clear()
@@ -1754,9 +1811,9 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
     L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
     go through the balancer, the KL beside it (seeds/004). The log shows each loss and its share.
     Lifts out with: EMA, Interrupt, LossBalancer, Progress, STFTDiscriminator,
-    feature_matching_loss, hinge_discriminator_loss, hinge_generator_loss, kl_divergence,
-    learning_rate, load_checkpoint, rank_and_world, save_checkpoint, standard_normal, stft_loss,
-    training_loop.
+    feature_matching_loss, fitting, hinge_discriminator_loss, hinge_generator_loss, kl_divergence,
+    learning_rate, load_checkpoint, rank_and_world, read_means, save_checkpoint,
+    standard_normal, stft_loss, training_loop, write_file.
     """
     generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
     codec, judge = codec.to(device).train(), STFTDiscriminator().to(device)
@@ -1836,9 +1893,9 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr
 
     condition: "note" (labels), "control" (curves) or "none". The held-out loss is of the averaged
     weights, at the same noise and times each time, so that two of them can be compared.
-    Lifts out with: EMA, Interrupt, Progress, conditions, drop_conditions, expand, learning_rate,
-    load_checkpoint, rank_and_world, reference_losses, save_checkpoint, standard_normal,
-    training_loop.
+    Lifts out with: EMA, Interrupt, Progress, conditions, drop_conditions, expand, fitting,
+    learning_rate, load_checkpoint, rank_and_world, read_means, reference_losses,
+    save_checkpoint, standard_normal, training_loop, write_file.
     """
     device, (rank, world) = data.device, rank_and_world()
     generator, fixed = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(0)
@@ -1891,19 +1948,25 @@ def build_net(s):
 def open_codec(path, settings, device):
     """The finished codec of a run; ValueError when it is missing, unfinished, or another run's.
 
-    Lifts out with: Music2Latent, Recurrent, ResidualUnit, Snake, SnakeVAE, load_checkpoint.
+    Lifts out with: EMA, Music2Latent, Recurrent, ResidualUnit, Snake, SnakeVAE, fitting,
+    load_checkpoint.
     """
     if settings["codec"] == "music2latent":
         return Music2Latent(settings["seed"], device)
     state, rate = load_checkpoint(path), settings["sample_rate"]
-    if not state["complete"] or state["settings"]["sample_rate"] != rate:
-        raise ValueError(f"{path}: step {state['step']}, {state['settings']['sample_rate']} Hz; "
-                         f"expected a finished codec at {rate} Hz, go on with train --resume")
-    codec = SnakeVAE(rate)
-    codec.load_state_dict(state["ema"]["module"])
+    with fitting(path):
+        if not state["complete"] or state["settings"]["sample_rate"] != rate:
+            raise ValueError(f"{path}: step {state['step']}, {state['settings']['sample_rate']} Hz;"
+                             f" expected a finished codec at {rate} Hz, go on with train --resume")
+        average = EMA(SnakeVAE(rate))
+        average.load_state_dict(state["ema"])
+    codec = average.module
     weights = b"".join(value.numpy().tobytes() for value in codec.state_dict().values())
     codec.made_from = hashlib.sha256(weights).hexdigest()  # latents remember by what they were made
-    return codec.to(device).eval().requires_grad_(False)
+    if settings.get("made_from", codec.made_from) != codec.made_from:
+        raise ValueError(f"{path} is another codec than the one that model.pt has learnt with: "
+                         "restore that, or train a model in another --run")
+    return codec.to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2015,16 +2078,13 @@ class Run:
         if not self.folder.is_dir():
             raise ValueError(f"{folder}: no such run; train first, or name another with --run")
         state = load_checkpoint(self.folder / "model.pt")
-        self.settings = s = state["settings"]
-        self.codec = open_codec(self.folder / "codec.pt", s, device)
-        self.objective, self.net = OBJECTIVES[s["objective"]](), build_net(s)
-        try:
-            self.net.load_state_dict(state["ema"]["module"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"{folder}/model.pt does not fit its settings: {reason}") from None
-        self.net.to(device).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(s[k], device=device)[:, None] for k in ("mean", "std"))
+        with fitting(self.folder / "model.pt"):
+            self.settings = s = state["settings"]
+            self.codec = open_codec(self.folder / "codec.pt", s, device)
+            self.objective, average = OBJECTIVES[s["objective"]](), EMA(build_net(s))
+            average.load_state_dict(state["ema"])
+            self.net = average.module.to(device)
+            self.mean, self.std = torch.tensor([s["mean"], s["std"]], device=device)[..., None]
 
     def decode(self, latents, batch=16):
         """Standardised latents [B, C, L] -> audio [B, T] on the CPU, a few at a time."""
@@ -2272,12 +2332,11 @@ def write_page(run, folder, fresh={}):
     """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
 
     `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
-    missing is left out. Lifts out with: chart, write_json.
+    missing is left out. Lifts out with: chart, read_json, write_file, write_json.
     """
-    known = lambda path: json.loads(path.read_text()) if path.exists() else {}
-    figures = fresh | known(folder / "page.json") | fresh
+    figures = fresh | read_json(folder / "page.json") | fresh
     write_json(folder / "page.json", figures)
-    log, measured = run.folder / "log.csv", known(run.folder / "evaluation.json")
+    log, measured = run.folder / "log.csv", read_json(run.folder / "evaluation.json")
     rows = [row.split(",") for row in log.read_text().splitlines()[1:]] if log.exists() else []
     losses = [chart(f"{phase}: losses, log axis", "step of the training", {
         name: [(int(step), float(value)) for _, step, what, value in rows if what == name]
@@ -2292,7 +2351,7 @@ def write_page(run, folder, fresh={}):
              chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
              chart("notes in tune", "guidance scale w", shares)]
     page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    write_file(folder / "index.html", page.encode())
 
 
 def write_sounds(run, folder, sounds, path):
@@ -2353,17 +2412,17 @@ model
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
 training
 --codec-steps      ct   2600   1..                     steps of the Snake VAE
---batch-size       t    32     1..                     sounds in a diffusion step
+--batch-size       t    32     1..65536                sounds in a diffusion step
 --lr               t    0.002  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (never)
 --precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
 --resume           ct   -      FLAG                    go on where the run was stopped
 sampling
---count            se   -      1..                     sounds: for each pitch (1), measured (185)
+--count            se   -      1..10000                sounds: for each pitch (1), measured (185)
 --pitch            s    -      0..127+                 MIDI pitches (left open)
 --velocity         s    -      0..127                  MIDI velocity (left open)
 --source           s    -      TEXT                    such as guitar_acoustic (left open)
---more             e    -      FLAG                    tables of evaluations and of --init-noise too
+--more             e    -      FLAG                    two tables more: by evaluations, from sounds
 --sampler          se   -      euler|heun|dpmpp_3m_sde chapter 3 (euler; heun for EDM)
 --eta              s    1.0    0.0..                   fresh noise of dpmpp_3m_sde: 0 is none
 --schedule         s    -      linear|karras|polyexponential
@@ -2379,9 +2438,9 @@ sampling
 --negative-pitch   s    -      0..127                  MIDI pitch to move away from (none)
 --init-audio       s    -      PATH                    sound file to start from (noise)
 --init-noise       s    -      0.0..                   its noise level t, 0: as it is (the largest)
---midi             s    -      PATH                    MIDI file to play, its highest voice
+--midi             s    -      PATH                    MIDI file to play, its highest voice (none)
 --keep             s    -      0.0..x2                 start and end of what to keep of it, s (none)
---match            s    -      PATH                    sound whose envelope to follow, by DITTO
+--match            s    -      PATH                    sound with the envelope to follow (none)
 --out              s    -      PATH                    folder for the sounds (samples in the run)
 """
 
@@ -2451,8 +2510,8 @@ def pick_device(name):
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} is not usable: {str(error).splitlines()[0]}") from None
     return name
 
@@ -2461,14 +2520,15 @@ def run_settings(options, given):
     """The settings of a run: those in its checkpoints if it has any, else the options.
 
     Raises ValueError when a run would be overwritten, or an option contradicts it.
-    Lifts out with: load_checkpoint.
+    Lifts out with: fitting, load_checkpoint.
     """
     kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed")
     for file in ("codec.pt", "model.pt"):
         path = options.run / file
         state = load_checkpoint(path) if path.exists() else {"settings": {}, "complete": True}
-        kept |= state["settings"]
-        reusable = file == "codec.pt" and options.command == "train" and state["complete"]
+        with fitting(path):
+            kept |= state["settings"]
+            reusable = file == "codec.pt" and options.command == "train" and state["complete"]
         if path.exists() and not options.resume and not reusable:
             raise ValueError(f"{options.run} holds a run already ({file}, step {state['step']:,}): "
                              "go on with --resume, choose another --run, or delete it")
@@ -2523,9 +2583,9 @@ def prepare_codec(options, settings, recordings, device):
     settings["sample_rate"] = rate
     options.run.mkdir(parents=True, exist_ok=True)
     # A model knows the latents of its codec alone: once there is one, the codec stays as it is.
-    fixed = options.command == "train" or (options.run / "model.pt").exists()
-    finished = path.exists() and load_checkpoint(path)["complete"]
-    if settings["codec"] == "vae" and not (fixed and finished):
+    fixed = (options.run / "model.pt").exists() or (
+        options.command == "train" and path.exists() and load_checkpoint(path)["complete"])
+    if settings["codec"] == "vae" and not fixed:
         torch.manual_seed(settings["seed"])
         codec = SnakeVAE(rate)
         print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
@@ -2539,8 +2599,13 @@ def prepare_codec(options, settings, recordings, device):
                     adversarial_from=options.adversarial_from, settings=kept)
     codec = open_codec(path, settings, device)
     frames = codec.frames(round(recordings.seconds * rate))
-    settings |= {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
-                 "seconds": recordings.seconds}
+    now = {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
+           "seconds": recordings.seconds, "made_from": codec.made_from}
+    for name, value in now.items():
+        if settings.get(name) not in (None, value):
+            raise ValueError(f"{options.run}/model.pt was made with {name} {settings[name]}, "
+                             f"--data {settings['data']} has {value} now: choose another --run")
+    settings |= now
     return codec
 
 
@@ -2750,10 +2815,15 @@ def main(argv=None):
                 options.codec, given = "vae", given | {"codec"}
             command_train(options, given, device)
     except KeyboardInterrupt as stopped:
-        print(f"\nminidiff: interrupted. {stopped}", file=sys.stderr)
+        print(f"\nminidiff: interrupted. {stopped or 'What was saved is whole'}", file=sys.stderr)
         return 130                                                 # the shell's 128 + SIGINT
-    except (ValueError, OSError) as error:
-        print(f"minidiff: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        # How torch says that memory is full depends on the device; other RuntimeErrors are faults.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        where = f"{options.run}: " * bool(getattr(error, "errno", 0) and not error.filename)
+        said = (str(error) or "out of memory").splitlines()[0]
+        print(f"minidiff: {where}{said}", file=sys.stderr)
         return 2
     finally:
         if rank_and_world()[1] > 1:
