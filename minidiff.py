@@ -2766,7 +2766,7 @@ def command_sample(options, given, device):
         interval = interval and [math.log(max(t, 1e-9)) / 4 for t in interval]   # as the net sees t
     net, shape = GuidedNet(run.net, options.cfg, options.rescale, interval, negative), (
         len(labels), s["channels"], frames)
-    levels = {k: getattr(options, k) for k in ("sigma_min", "sigma_max", "rho")}
+    levels = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max, "rho": options.rho}
     if options.plot_schedule:
         plot_schedule(run.objective, steps, **levels)
     how = {"eta": options.eta, "init": init, "init_noise": options.init_noise, "keep": keep,

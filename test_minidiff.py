@@ -805,7 +805,7 @@ def test_odd_files(tmp_path, capfd):
     said = capfd.readouterr().err
     assert all(reason and said.count(f"unusable: {name!r} {reason}\n") == 1 for name, reason in data.unusable.items())
     assert f"{len(data)} recordings used, {len(data.unusable)} unusable" in said and len(data) + len(data.unusable) == len(usable) + 60
-    for name, words in (("1 Hz.wav", "1 Hz"), ("1e30.wav", "1000"), ("three hours.wav", "0 samples"), ("loop.wav", "no such file")):
+    for name, words in (("1 Hz.wav", " 1 Hz"), ("2 GHz.wav", "2147483647 Hz"), ("1e30.wav", "1000"), ("three hours.wav", "0 samples"), ("loop.wav", "no such file")):
         assert words in data.unusable[name]
     assert peak < 50e6 and max(data.lengths) <= 8000 and (tmp_path / "latents" / "index.json").stat().st_size < 1e5
 
@@ -948,6 +948,27 @@ def test_encoding_once(folder, tmp_path, monkeypatch):
     codec.made_from = "another"
     m.encode_recordings(codec, data, tmp_path / "whole", curves=True)
     assert codec.dies_after < calls                                 # another codec's latents are not these
+
+
+def test_encoding_goes_on_in_the_same_batches(folder, tmp_path, monkeypatch):
+    """44 pieces in threes, cut off after 6 (recording 2 of 4 pieces is half done): the last batch is of 2 still, not of 1."""
+    class Rounds(TinyCodec):
+        def encode(self, audio):
+            return super().encode(audio) + len(audio)               # as rounding does, but to be seen
+
+    monkeypatch.setattr(m.time, "monotonic", functools.partial(next, iter(range(0, 10 ** 6, 100))))
+    for name, calls in (("once", [99]), ("twice", [2, 99])):
+        for count in calls:
+            codec = Rounds()
+            codec.dies_after = count
+            with contextlib.suppress(KeyboardInterrupt):
+                m.encode_recordings(codec, m.AudioFolder(folder), tmp_path / name, seconds=0.1, batch=3)
+    assert (tmp_path / "once" / "frames.bin").read_bytes() == (tmp_path / "twice" / "frames.bin").read_bytes()
+    # One of the two is spoilt: both are made again.
+    for spoilt in ("frames.bin", "index.json"):
+        (tmp_path / "twice" / spoilt).write_bytes(b"half")
+        m.encode_recordings(Rounds(), m.AudioFolder(folder), tmp_path / "twice", seconds=0.1, batch=3)
+        assert (tmp_path / "once" / "frames.bin").read_bytes() == (tmp_path / "twice" / "frames.bin").read_bytes()
 
 
 def test_latent_windows(tmp_path):
