@@ -2402,7 +2402,7 @@ data and run
 --data             ct   plucks TEXT                    plucks, melodies, nsynth (335 MB), a folder
 --seconds          cts  -      0.05..3600.0            seconds (the data's, at most 8; the run's)
 --run              ctse -      PATH                    folder of the run (runs/ and the data's name)
---steps            tse  -      1..                     steps: training (1200), sampling (16; heun 9)
+--steps            tse  -      1..                     steps: training (1300), sampling (16; heun 9)
 --device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
 --seed             ctse 0      0..                     of all that is random; sound i has seed + i
 model
@@ -2643,7 +2643,7 @@ def command_train(options, given, device):
           f"recordings to train on, {len(data.valid)} held out, on {device}")
     able = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
-    train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 1200,  # usual
+    train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 1300,  # usual
                     options.run / "model.pt", seed, options.batch_size, options.lr,
                     settings["condition"], precision, options.resume, settings)
     if rank == 0:
