@@ -1392,6 +1392,14 @@ def test_sample_hands_on_what_was_asked(run, tmp_path, monkeypatch, capsys):
     assert m.main([*argv, "--run", str(run), *shaped]) == 0 and "karras" in capsys.readouterr().out
     assert torch.equal(seen["times"], m.schedule(flow, "karras", 3, 0.6, 0.1, 20.0, 3.0))
     assert m.main([*argv, "--run", str(run), "--schedule", "linear", "--rho", "3"]) == 2 and "--rho" in capsys.readouterr().err
+    for more, words in ((["--seconds", "1"], "give one"), (["--match", "x", "--init-noise", "0"], "has none")):
+        assert m.main([*argv, "--run", str(run), *more]) == 2 and words in capsys.readouterr().err
+    seen.pop("how")
+    with monkeypatch.context() as patch:
+        patch.setattr(m, "match_envelope", lambda draw, *_: draw(torch.zeros(4, 16, 25)))
+        patch.setattr(m.Run, "generate", lambda *_, **__: (torch.zeros(4, 16, 25), [(0.0, torch.eye(3))]))
+        assert m.main([*argv, "--run", str(run), "--match", str(tmp_path / "a.wav")]) == 0
+    assert seen["how"] == ("dpmpp_3m_sde", 3, 7)                    # sought with the seed that it will be played with
     assert m.main([*argv, "--run", str(tmp_path / "edm"), "--sigma-max", "60", "--init-noise", "60"]) == 0
     assert seen["times"][0] == 60                                  # there the network sees ln(t)/4
     assert seen["net"].interval == pytest.approx([math.log(0.2) / 4, math.log(0.8) / 4])
