@@ -3,7 +3,6 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	.venv/bin/python minidiff.py train
-	.venv/bin/python minidiff.py evaluate
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q test_minidiff.py

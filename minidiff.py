@@ -898,11 +898,32 @@ def midi_curves(notes, frames, frame_seconds, level, fade):
 # repeats however far from 0: a tone that goes on is something this network can continue.
 
 
+class SnakeFunction(torch.autograd.Function):
+    """y = x + sin(a x)^2 / a of x [B, D, T], ln a [D, 1], with both derivatives by hand.
+
+    As x + c - c cos(x / c), c = 1/(2a), it takes one cosine and one fused multiply-add, and dy/dx
+    is 1 + sin(x / c). Since a y depends on a x alone, a dy/da = x dy/dx - y. This takes a fifth off
+    a codec's step, next to what autograd makes of the equation. Lifts out with: nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, log_a):
+        c = torch.exp(-log_a) / 2
+        y = torch.addcmul(x + c, c, torch.cos(x / c), value=-1)
+        ctx.save_for_backward(x, y, c)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y, c = ctx.saved_tensors
+        g_x = torch.addcmul(g, g, torch.sin(x / c))                        # [B, D, T]
+        return g_x, (x * g_x - y * g).sum((0, 2))[:, None]
+
+
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, one learned a > 0 per channel ([11] section 3): [B, D, T] -> [B, D, T].
 
-    Computed as x + c - c cos(2 a x), c = 1/(2a): one cosine and one fused multiply-add. The weight
-    is ln(a): a itself would sooner or later cross 0. Lifts out with: nothing.
+    The weight is ln(a): a itself would sooner or later cross 0. Lifts out with: SnakeFunction.
     """
 
     def __init__(self, channels):
@@ -910,12 +931,13 @@ class Snake(nn.Module):
         self.log_a = nn.Parameter(torch.zeros(channels, 1))
 
     def forward(self, x):
-        two_a = 2 * self.log_a.exp()
-        return torch.addcmul(x + 1 / two_a, 1 / two_a, torch.cos(two_a * x), value=-1)
+        return SnakeFunction.apply(x, self.log_a)
 
 
 class ResidualUnit(nn.Module):
-    """x + two convolutions of it, the first dilated: [B, D, T] -> same. Lifts out with: Snake."""
+    """x + two convolutions of it, the first dilated: [B, D, T] -> same. Lifts out with: Snake,
+    SnakeFunction.
+    """
 
     def __init__(self, width, dilation, kernel=7):
         super().__init__()
@@ -946,7 +968,7 @@ class SnakeVAE(nn.Module):
     As in [12] section 3.1 each stage divides time by its stride (at least 2) and doubles the width,
     here up to 6 times `width`. Kernels are twice the stride, so that every output sample is made of
     equally many inputs; else the stride is heard as a buzz. The LSTM hears the whole sound.
-    Lifts out with: Recurrent, ResidualUnit, Snake.
+    Lifts out with: Recurrent, ResidualUnit, Snake, SnakeFunction.
     """
     tail = 0                                      # samples that a frame needs beyond its own hop
 
@@ -1009,23 +1031,34 @@ def kl_divergence(mean, log_variance):
 # divide; it joins behind.
 
 
-def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
-    """How far two spectrograms are apart: spectral convergence + log magnitude, mean over `sizes`.
-
-    ||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e| ([22] eq. 4 to 6), S the magnitudes of an STFT
-    with Hann windows of `size` samples, a quarter apart. estimate, target: [B, T] -> scalar. floor:
-    smaller magnitudes count as equal; 1e-3 is about the noise of 16-bit samples.
+def magnitudes(audio, size):
+    """|STFT| with Hann windows of `size` samples, a quarter apart: [B, T] -> [B, f, l].
     Lifts out with: nothing.
     """
-    total = 0.0
-    for size in sizes:
-        window = torch.hann_window(size, device=target.device)
-        spectrum = lambda x: torch.stft(x.float(), size, hop_length=size // 4, window=window,
-                                        pad_mode="constant", return_complex=True)
-        e, t = spectrum(estimate).abs(), spectrum(target).abs()                          # [B, f, l]
-        total = total + (t - e).norm() / t.norm().clamp_min(floor)           # silence: no 0/0
-        total = total + F.l1_loss(e.clamp_min(floor).log(), t.clamp_min(floor).log())
-    return total / len(sizes)
+    window = torch.hann_window(size, device=audio.device)
+    return torch.stft(audio.float(), size, hop_length=size // 4, window=window,
+                      pad_mode="constant", return_complex=True).abs()
+
+
+def spectral_distances(estimate, target, size, floor=1e-3):
+    """Spectral convergence and the log magnitudes' differences: [B, T] twice -> scalar, [B, f, l].
+
+    ||S_t - S_e|| / ||S_t|| and ln S_t - ln S_e ([22] eq. 5 and 6), S of `magnitudes`. floor: what
+    is smaller counts as equal; 1e-3 is about the noise of 16-bit samples. Silence is not 0/0.
+    Lifts out with: magnitudes.
+    """
+    e, t = magnitudes(estimate, size), magnitudes(target, size)
+    convergence = (t - e).norm() / t.norm().clamp_min(floor)
+    return convergence, t.clamp_min(floor).log() - e.clamp_min(floor).log()
+
+
+def stft_loss(estimate, target, sizes=(2048, 512, 128)):
+    """How far two spectrograms are apart: spectral convergence + mean |log magnitudes' difference|,
+    mean over window `sizes` ([22] eq. 4). estimate, target: [B, T] -> scalar.
+    Lifts out with: magnitudes, spectral_distances.
+    """
+    both = [spectral_distances(estimate, target, size) for size in sizes]
+    return sum(convergence + logs.abs().mean() for convergence, logs in both) / len(sizes)
 
 
 class STFTDiscriminator(nn.Module):
@@ -1589,26 +1622,35 @@ class LatentDataset:
 
     folder: what encode_recordings wrote. mean, std [C] are of the training part, and so is touch:
     [0.9 quantile of the envelope in voiced frames, its median ratio from one to the next], what
-    midi_curves asks for, or None without curves. All frames live on `device`.
+    midi_curves asks for, or None without curves. The frames live on `device`; with `disk` in the
+    file, of which the system keeps as much in memory as there is room for.
     Lifts out with: nothing.
     """
 
-    def __init__(self, folder, frames, channels, device="cpu"):
+    def __init__(self, folder, frames, channels, device="cpu", disk=False):
         index = json.loads(pathlib.Path(folder, "index.json").read_text())
-        flat = np.fromfile(pathlib.Path(folder, "frames.bin"), np.float32)
+        # c: a map that would take changes, and forget them. torch wants one, and none are made.
+        flat = np.memmap(pathlib.Path(folder, "frames.bin"), np.float32, "c")
         flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
         self.names, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
-        train = flat[np.repeat(~held.numpy(), lengths.numpy())]
-        mean, std = (torch.tensor(f(train[:, :channels], 0, dtype=np.float64)).float()
-                     for f in (np.mean, np.std))
+        trained, total, squares = np.repeat(~held.numpy(), lengths.numpy()), 0.0, 0.0
+        # A hundred thousand frames at a time.
+        pieces = [slice(at, at + 100_000) for at in range(0, len(flat), 100_000)]
+        for piece in pieces:
+            rows = np.asarray(flat[piece][trained[piece], :channels], np.float64)
+            total, squares = total + rows.sum(0), squares + (rows ** 2).sum(0)
+        mean = torch.tensor(total / trained.sum())
+        std = (torch.tensor(squares / trained.sum()) - mean ** 2).clamp_min(0).sqrt()
         # A channel that the codec hardly uses stays small instead of being blown up to size 1.
-        self.mean, self.std = mean.to(device), std.clamp_min(1e-2).to(device)
-        self.flat, self.labels, self.first, self.room, self.train, self.valid = (
-            x.to(device) for x in (torch.from_numpy(flat), torch.tensor(labels),
-                                   lengths.cumsum(0) - lengths, lengths - frames,
-                                   (~held).nonzero()[:, 0], held.nonzero()[:, 0]))
+        self.mean, self.std = mean.float().to(device), std.float().clamp_min(1e-2).to(device)
+        self.labels, self.first, self.room, self.train, self.valid = (
+            x.to(device) for x in (torch.tensor(labels), lengths.cumsum(0) - lengths,
+                                   lengths - frames, (~held).nonzero()[:, 0],
+                                   held.nonzero()[:, 0]))
+        self.flat = torch.from_numpy(flat) if disk else torch.tensor(flat, device=device)
+        train = flat[pieces[0]][trained[pieces[0]]]                # curves: the first will do
         self.touch, voiced = None, train[:, -1] > 0
         if train.shape[1] > channels and (both := voiced[1:] & voiced[:-1]).any():
             loud, soft = train[1:, -2][both], train[:-1, -2][both].clip(1e-6)            # not 0/0
@@ -1620,7 +1662,7 @@ class LatentDataset:
         None: the envelope, and the pitch in octaves from C4, where an unvoiced frame's 0 is -5.
         """
         rows = (self.first[items] + starts)[:, None] + torch.arange(self.frames, device=self.device)
-        cut = self.flat[rows].transpose(1, 2)                                  # [n, C or C + 2, L]
+        cut = self.flat[rows.to(self.flat.device)].to(self.device).transpose(1, 2)       # [n, ., L]
         x = (cut[:, :self.channels] - self.mean[:, None]) / self.std[:, None]
         if cut.shape[1] == self.channels:
             return x, self.labels[items], None
@@ -1680,8 +1722,8 @@ class EMA:
     def update(self, module):
         self.updates += 1
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))                # 10: see above
-        for average, weight in zip(self.module.state_dict().values(), module.state_dict().values()):
-            average.lerp_(weight, 1 - d)
+        averages, weights = ([*net.state_dict().values()] for net in (self.module, module))
+        torch._foreach_lerp_(averages, weights, 1 - d)             # all at once
 
     def state_dict(self):
         return {"module": self.module.state_dict(), "updates": self.updates}
@@ -1728,100 +1770,153 @@ def learning_rate(step, peak, warmup=100, settle=2000):
     return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
 
 
-def read_means(what, unread, done, lr):
-    """{name: mean} of the last steps' dicts; ValueError for what is not finite. Lifts out with:
-    learning_rate.
+class Stopwatch:
+    """How much of the time since it was made was spent inside `with stopwatch`: share().
+
+    A GPU is asked for its own time, so that nobody waits for it before share(), which does.
+    Lifts out with: nothing.
+    """
+
+    def __init__(self, device):
+        self.gpu, self.spans = torch.device(device).type == "cuda", []
+        self.began = self.mark()
+
+    def mark(self):
+        if not self.gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.entered = self.mark()
+
+    def __exit__(self, *_):
+        self.spans.append((self.entered, self.mark()))
+
+    def share(self):
+        end = self.mark()
+        if self.gpu:
+            torch.cuda.synchronize()
+        took = lambda a, b: a.elapsed_time(b) if self.gpu else b - a
+        return sum(took(*span) for span in self.spans) / took(self.began, end)
+
+
+def read_means(what, unread, done, rate):
+    """{name: mean} of the last steps' dicts; ValueError, with the learning rate, for what is not
+    finite. Lifts out with: nothing.
     """
     read = [{name: float(value) for name, value in seen.items()} for seen in unread]
     for step, seen in enumerate(read, done - len(read)):
         if not all(map(math.isfinite, seen.values())):
             raise ValueError(
-                f"{what}: the loss is not finite at step {step + 1}, learning rate "
-                f"{learning_rate(step, lr):.3g}; what was saved last is good: --resume with a "
-                "smaller --lr or --precision fp32 (a codec: with another --seed and --run)")
+                f"{what}: the loss is not finite at step {step + 1}, learning rate {rate:.3g}; "
+                "what was saved last is good: --resume with a smaller --lr or --precision fp32 "
+                "(a codec: with another --seed and --run)")
     return {k: np.mean([seen[k] for seen in read if k in seen]) for k in read[-1]}
 
 
-def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, generator,
-                  resume=False, settings=None, every=50, **parts):
-    """Train net on what advance(step) -> {name: scalar} backpropagates; returns the averaged net.
-
-    `path` gets all parts {name: object with state_dict}, the step, the settings and the generator's
-    state, each minute and at the end. Each `every` steps the scalars are read, for reading waits
-    for a GPU, and logged with report(means, averaged net) -> (more numbers, text to show). Raises
-    ValueError at once when one is not finite (`path` keeps the last good state), KeyboardInterrupt,
-    after saving, on Ctrl-C. Lifts out with: EMA, Interrupt, Progress, fitting, learning_rate,
-    load_checkpoint, rank_and_world, read_means, save_checkpoint, write_file.
+def kept_rows(log, what, step):
+    """The lines of log.csv, without what a killed run logged of `what` after `step`, which it had
+    saved last: that will come again. Lifts out with: nothing.
     """
-    path, (rank, world) = pathlib.Path(path), rank_and_world()
-    optimiser, ema = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True), EMA(net)
-    parts |= {"net": net, "optimiser": optimiser, "ema": ema}
-    state = load_checkpoint(path) if resume and path.exists() else {"step": 0}
-    with fitting(path):
-        for name, part in parts.items() if state["step"] else ():
-            part.load_state_dict(state[name])
-        generator.set_state(state.get("generator", generator.get_state()))
-    unread, log, saved = [], path.parent / "log.csv", time.monotonic()
-    # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
-    gradient = torch.zeros((), pin_memory=next(net.parameters()).is_cuda)
     rows = log.read_text().splitlines(True) if log.exists() else ["phase,step,quantity,value\n"]
-    # What a killed run logged after it had saved for the last time will come again.
-    rows = [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= state["step"]]
-    progress = Progress(what, steps, "steps", state["step"])
+    return [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= step]
 
-    def save(done):
-        write_file(log, "".join(rows).encode())        # first: too much of it is known as such
-        save_checkpoint(path, step=done, complete=done == steps, settings=settings,
-                        generator=generator.get_state(),
-                        **{name: part.state_dict() for name, part in parts.items()})
 
+def restore(path, parts, generator):
+    """Put what training_loop saved into parts and generator; returns its step. ValueError if it
+    does not fit. Lifts out with: fitting, load_checkpoint.
+    """
+    state = load_checkpoint(path)
+    with fitting(path):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+    return state["step"]
+
+
+def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, generator,
+                  resume=False, settings=None, every=50, batch_size=1, minutes=math.inf,
+                  without=(), **parts):
+    """Train net for `steps` or `minutes` by advance(step, watch) -> {name: scalar}, which does the
+    forward and backward pass `with watch`; returns the averaged net.
+
+    `path` gets all parts {name: object with state_dict}, step, settings and the generator's state,
+    each minute and at the end. Each `every` steps the scalars are read, for reading waits for a
+    GPU, and logged with report(means, averaged net) -> (more numbers, text). ValueError at once
+    when one is not finite (`path` keeps the last good state), KeyboardInterrupt, after saving, on
+    Ctrl-C. Lifts out with: EMA, Interrupt, Progress, Stopwatch, fitting, kept_rows, learning_rate,
+    load_checkpoint, rank_and_world, read_means, restore, save_checkpoint, write_file.
+    """
+    path, (rank, world), clock = pathlib.Path(path), rank_and_world(), time.monotonic
+    optimiser = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True)
+    ema = EMA(net, decay=0.0 if "ema" in without else 0.999)
+    parts |= {"net": net, "optimiser": optimiser, "ema": ema}
+    start = restore(path, parts, generator) if resume and path.exists() else 0
+    device, log = next(net.parameters()).device, path.parent / "log.csv"
+    rows, unread, progress = kept_rows(log, what, start), [], Progress(what, steps, "steps", start)
+    # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
+    gradient = torch.zeros((), pin_memory=device.type == "cuda")
+    began = saved = looked = clock()
+    watch = Stopwatch(device)
     with Interrupt() as stop:
-        for step in range(state["step"], steps):
-            optimiser.param_groups[0]["lr"] = learning_rate(step, lr)
+        for step in range(start, steps):
+            rate = lr if "schedule" in without else learning_rate(step, lr)
+            optimiser.param_groups[0]["lr"] = rate
             optimiser.zero_grad()
-            seen, done = advance(step), step + 1
+            seen, done = advance(step, watch), step + 1
             seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
             gradient.copy_(seen["gradient"], non_blocking=True)
             optimiser.step()
             ema.update(net)
             unread.append({name: value.detach() for name, value in seen.items()})
-            asked = torch.tensor(float(stop.asked))          # on the CPU: no GPU is waited for
+            halt = torch.tensor([stop.asked, clock() - began > 60 * minutes]).float()    # 60 s
             if world > 1:
-                torch.distributed.all_reduce(asked)                    # all ranks stop together
-            if done % every and done < steps and not asked and gradient.isfinite():
+                torch.distributed.all_reduce(halt)      # all ranks stop together; no GPU is asked
+            asked, last = bool(halt[0]), done == steps or bool(halt[1])
+            if done % every and not (asked or last) and gradient.isfinite():
                 continue
-            means = read_means(what, unread, done, lr)
+            means = read_means(what, unread, done, rate)
+            speed, share = batch_size * len(unread) / (clock() - looked), watch.share()
             more, text = report(means, ema.module)
             rows += [f"{what},{done},{k},{v:.6g}\n" for k, v in (means | more).items()]
-            unread.clear()
             if rank == 0:
-                progress(done, text)
-            if rank == 0 and (done == steps or asked or time.monotonic() - saved > 60):   # seconds
-                save(done)
-                saved = time.monotonic()
+                progress.total = done if last else steps
+                progress(done, f"{speed:,.0f} sounds/s, {share:.0%} forward and backward; {text}")
+            if rank == 0 and (last or asked or clock() - saved > 60):                # 60 seconds
+                write_file(log, "".join(rows).encode())     # first: too much of it is known as such
+                save_checkpoint(path, step=done, complete=last, settings=settings,
+                                generator=generator.get_state(), **{
+                                    name: part.state_dict() for name, part in parts.items()})
+                saved = clock()
             if asked:
                 raise KeyboardInterrupt(f"{what}: {done:,} steps are saved; go on with --resume")
+            if last:
+                break
+            unread, looked, watch = [], clock(), Stopwatch(device)
     return ema.module
 
 
 def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size=4, lr=5e-4,
-                crop=8192, kl_weight=1e-3, adversarial_from=None, resume=False, settings=None):
+                crop=8192, kl_weight=1e-3, adversarial_from=None, **how):
     """Train a SnakeVAE on random windows of `crop` samples; its averaged weights end in `codec`.
 
     L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
     go through the balancer, the KL beside it (seeds/004). The log shows each loss and its share.
-    Lifts out with: EMA, Interrupt, LossBalancer, Progress, STFTDiscriminator,
-    feature_matching_loss, fitting, hinge_discriminator_loss, hinge_generator_loss, kl_divergence,
-    learning_rate, load_checkpoint, rank_and_world, read_means, save_checkpoint,
-    standard_normal, stft_loss, training_loop, write_file.
+    how: resume, settings, minutes of training_loop. Lifts out with: the whole program.
     """
     generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
     codec, judge = codec.to(device).train(), STFTDiscriminator().to(device)
     judge_optimiser = torch.optim.AdamW(judge.parameters(), lr, betas=betas, fused=True)
     balancer = LossBalancer({"l1": 1, "l2": 1, "stft": 4, "adversarial": 1, "features": 2})   # 004
 
-    def advance(step):
+    def advance(step, watch):
         audio = recordings.crops(batch_size, crop, generator).to(device)                 # [B, T]
+        with watch:
+            return learn(step, audio)
+
+    def learn(step, audio):
         mean, log_variance = codec.posterior(audio)                                 # [B, C, L] each
         noise = standard_normal(mean.shape, generator, device)
         output = codec.decode(mean + torch.exp(log_variance / 2) * noise)[:, :crop]      # [B, T]
@@ -1846,10 +1941,28 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
         return {}, (f"l1 {means['l1']:.3f}, stft {means['stft']:.3f}, kl {means['kl']:.2f}, "
                     f"{means['active']:.0f} of {codec.channels} channels active")
 
-    average = training_loop("codec", codec, advance, report, path, steps, lr, betas,
-                            10.0, generator, resume, settings,    # norms: 5 to 20, spikes 1,000
-                            judge=judge, judge_optimiser=judge_optimiser, balancer=balancer)
+    # Gradients have norms of 5 to 20, and spikes of 1,000: those are cut to 10.
+    average = training_loop("codec", codec, advance, report, path, steps, lr, betas, 10.0,
+                            generator, batch_size=batch_size, judge=judge, balancer=balancer,
+                            judge_optimiser=judge_optimiser, **how)
     codec.load_state_dict(average.state_dict())
+
+
+@torch.no_grad()
+def codec_distances(codec, recordings, device="cpu", most=64):
+    """(spectral convergence, log-spectral distance in dB) of held-out recordings through the codec.
+
+    The second is the root mean square over frequencies of 20 log10 S_t / S_e, mean over frames.
+    Means over the first recordings, at most `most`. Lifts out with: magnitudes, spectral_distances.
+    """
+    found, length = [], round(recordings.seconds * recordings.sample_rate)
+    for i in recordings.valid.nonzero()[:most, 0].tolist():
+        audio = recordings.audio(i, 0, length)[None].to(device)                          # [1, T]
+        output = codec.decode(codec.encode(audio))[:, :audio.shape[1]]
+        convergence, logs = spectral_distances(output, audio, 1024)        # 1024: 1/16 s at 16 kHz
+        decibels = 20 / math.log(10) * logs.square().mean(1).sqrt()        # 20 log10: of magnitudes
+        found.append([convergence.item(), decibels.mean().item()])
+    return np.mean(found, axis=0).tolist()
 
 
 def conditions(condition, labels, curves):
@@ -1888,18 +2001,18 @@ def reference_losses(objective, x, noise, t):
 
 
 def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr=2e-3,
-                    condition="none", precision="fp32", resume=False, settings=None, every=50):
+                    condition="none", precision="fp32", compiled=False, **how):
     """Train net on windows of `data` (a LatentDataset); returns the network of averaged weights.
 
     condition: "note" (labels), "control" (curves) or "none". The held-out loss is of the averaged
     weights, at the same noise and times each time, so that two of them can be compared.
-    Lifts out with: EMA, Interrupt, Progress, conditions, drop_conditions, expand, fitting,
-    learning_rate, load_checkpoint, rank_and_world, read_means, reference_losses,
-    save_checkpoint, standard_normal, training_loop, write_file.
+    compiled: by torch.compile. how: resume, settings, every, minutes, without of training_loop.
+    Lifts out with: the whole program.
     """
     device, (rank, world) = data.device, rank_and_world()
     generator, fixed = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    model = torch.compile(net) if compiled else net
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     held, labels, curves = data.held_out(slice(256))               # enough for two digits
     held_noise = standard_normal(held.shape, fixed, device)
     held_t = objective.sample_times(len(held), fixed).to(held)
@@ -1907,15 +2020,16 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr
     zero, gaussian = reference_losses(objective, held, held_noise, held_t)
     cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
-    def advance(_):
+    def advance(_, watch):
         x, labels, curves = data.batch(batch_size, generator)                            # [B, C, L]
         labels, curves = drop_conditions(labels, curves, generator)
         t = objective.sample_times(batch_size, generator).to(x)                          # [B]
         noise, mine = standard_normal(x.shape, generator, device), slice(rank, None, world)
         cond = {k: v[mine] for k, v in conditions(condition, labels, curves).items()}
-        with cast:
-            loss = objective.loss_at(model, x[mine], noise[mine], t[mine], **cond)
-        loss.backward()
+        with watch:
+            with cast:
+                loss = objective.loss_at(model, x[mine], noise[mine], t[mine], **cond)
+            loss.backward()
         loss = loss.detach() / world
         if world > 1:
             torch.distributed.all_reduce(loss)
@@ -1930,26 +2044,47 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=64, lr
 
     # With gradients of norm 1 at most, a rare bad batch costs one step only.
     return training_loop("diffusion", net, advance, report, path, steps, lr, (0.9, 0.99), 1.0,
-                         generator, resume, settings, every)
+                         generator, batch_size=batch_size, **how)
+
+
+def take_out(net, without):
+    """Leave ideas out of a UNet1d, to see what they are worth; returns it.
+
+    without: any of "attention", "norm", "residuals" (no sums around blocks), "time" (t and labels
+    reach the middle block alone). Lifts out with: FrameNorm, ResidualBlock, SelfAttention.
+    """
+    same = {"attention": SelfAttention, "norm": FrameNorm}
+    for part in net.modules():
+        if isinstance(part, tuple(kind for name, kind in same.items() if name in without)):
+            part.forward = lambda x: x
+        if isinstance(part, ResidualBlock) and "residuals" in without:
+            part.skip.forward = lambda x: 0.0
+        if isinstance(part, ResidualBlock) and "time" in without and part is not net.middle:
+            width = part.modulate.out_features
+            part.modulate.forward = lambda e, width=width: e.new_zeros(len(e), width)
+    return net
 
 
 def build_net(s):
-    """The network that a run's settings describe, with random weights.
-
-    Lifts out with: FrameNorm, ResidualBlock, SelfAttention, TutorialUNet, UNet1d, time_embedding.
+    """The network that a run's settings describe, with random weights. ValueError: there is nothing
+    to leave out of the tutorial's. Lifts out with: FrameNorm, ResidualBlock, SelfAttention,
+    TutorialUNet, UNet1d, take_out, time_embedding.
     """
     if s["net"] == "tutorial":
+        if has_not := set(s["without"]) - {"ema", "schedule"}:
+            raise ValueError(f"--without {has_not.pop()}: the tutorial's network has none anyway")
         return TutorialUNet(s["channels"])
     labels = (128, 128, len(s["sources"])) if s["condition"] == "note" else ()       # MIDI's ranges
     # 96 wide is half the work of 128: in the same time more steps, which are worth more at first.
-    return UNet1d(s["channels"], 96, label_sizes=labels, controls=2 * (s["condition"] == "control"))
+    net = UNet1d(s["channels"], 96, label_sizes=labels, controls=2 * (s["condition"] == "control"))
+    return take_out(net, s["without"])
 
 
 def open_codec(path, settings, device):
     """The finished codec of a run; ValueError when it is missing, unfinished, or another run's.
 
-    Lifts out with: EMA, Music2Latent, Recurrent, ResidualUnit, Snake, SnakeVAE, fitting,
-    load_checkpoint.
+    Lifts out with: EMA, Music2Latent, Recurrent, ResidualUnit, Snake, SnakeFunction, SnakeVAE,
+    fitting, load_checkpoint.
     """
     if settings["codec"] == "music2latent":
         return Music2Latent(settings["seed"], device)
@@ -2156,7 +2291,8 @@ class Comparison:
 
     def __init__(self, run, count=185, seed=0):
         s, self.run, self.seed = run.settings, run, seed
-        self.data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device)
+        self.data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device,
+                                  disk=True)
         valid = self.data.valid
         self.N = min(count, len(valid) // 2)
         if self.N < 2:
@@ -2412,9 +2548,16 @@ model
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
 training
 --codec-steps      ct   2600   1..                     steps of the Snake VAE
+--minutes          ct   -      0.0..                   minutes until each training ends (no limit)
 --batch-size       t    32     1..65536                sounds in a diffusion step
 --lr               t    0.002  0.0..                   highest learning rate of the diffusion model
---adversarial-from ct   -      0..                     codec step: its discriminator joins (never)
+--adversarial-from ct   -      0..                     codec step: its discriminator joins (half
+                                                       of them; for built-in data never)
+--without          t    -      time|norm|residuals|attention|ema|schedule+
+                                                       what to leave out, to see what it is worth
+                                                       (schedule: of the learning rate)
+--latents          t    memory memory|disk             where they are while the training draws them
+--compile          t    -      FLAG                    compile the network: slow to start, then faster
 --precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
 --resume           ct   -      FLAG                    go on where the run was stopped
 sampling
@@ -2449,7 +2592,9 @@ def option_kind(word):
     """What argparse wants to know of a word in the fourth column. Lifts out with: nothing."""
     if ".." not in word:
         kinds = {"TEXT": {}, "PATH": {"type": pathlib.Path}, "FLAG": {"action": "store_true"}}
-        return kinds.get(word) or ({"choices": word.split("|")} if "|" in word else {})
+        several = {"nargs": "+"} if word.endswith("+") else {}
+        choices = {"choices": word.rstrip("+").split("|"), **several}
+        return kinds.get(word) or (choices if "|" in word else {})
     span, several, _ = re.split(r"(\+|x2|$)", word, maxsplit=1)
     low, high = span.split("..")
     kind = float if re.search("[.e]", low) else int
@@ -2522,7 +2667,8 @@ def run_settings(options, given):
     Raises ValueError when a run would be overwritten, or an option contradicts it.
     Lifts out with: fitting, load_checkpoint.
     """
-    kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed")
+    kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed",
+                       "without")
     for file in ("codec.pt", "model.pt"):
         path = options.run / file
         state = load_checkpoint(path) if path.exists() else {"settings": {}, "complete": True}
@@ -2537,6 +2683,7 @@ def run_settings(options, given):
             raise ValueError(f"{options.run} was made with --{name} {kept[name]}, got "
                              f"{getattr(options, name)}: leave it out, or choose another --run")
     fresh = {name: getattr(options, name) for name in names}
+    fresh["without"] = fresh["without"] or []
     if fresh["codec"] == "auto":
         fresh["codec"] = "vae" if fresh["data"] in ("plucks", "melodies") else "music2latent"
     return fresh | kept
@@ -2594,9 +2741,15 @@ def prepare_codec(options, settings, recordings, device):
         # What a latent gains the decoder shrinks with the level of the sound, what the KL charges
         # does not: 0.05 suits strings near full scale, and silences every channel of quiet ones.
         built_in = settings["data"] in ("plucks", "melodies")
+        adversarial_from = options.adversarial_from
+        if adversarial_from is None and not built_in:
+            adversarial_from = options.codec_steps // 2
         train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
-                    kl_weight=0.05 if built_in else 1e-3, resume=options.resume,
-                    adversarial_from=options.adversarial_from, settings=kept)
+                    kl_weight=0.05 if built_in else 1e-3, adversarial_from=adversarial_from,
+                    resume=options.resume, settings=kept, minutes=options.minutes or math.inf)
+        convergence, decibels = codec_distances(codec, recordings, device)
+        print(f"codec, held-out recordings: spectral convergence {convergence:.3f}, log-spectral "
+              f"distance {decibels:.2f} dB")
     codec = open_codec(path, settings, device)
     frames = codec.frames(round(recordings.seconds * rate))
     now = {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
@@ -2617,6 +2770,14 @@ def meet(device):
         torch.distributed.init_process_group(backend, timeout=48 * half_hour)    # one day
 
 
+def command_evaluate(options, run):
+    """evaluate, and the end of train: tables and the page. Lifts out with: the whole program."""
+    training = options.command == "train"                          # whose --steps are other ones
+    evaluate(run, options.count or 185, options.seed, options.sampler,           # 185: the default
+             None if training else options.steps, more=options.more)
+    write_page(run, run.folder / "samples")
+
+
 def command_train(options, given, device):
     """codec, train: codec, latents, diffusion model, sounds. Lifts out with: the whole program."""
     rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -2635,7 +2796,8 @@ def command_train(options, given, device):
     encode_recordings(codec, recordings, latents, settings["condition"] == "control", device)
     if rank == 0:
         meet(device)
-    data = LatentDataset(latents, settings["frames"], codec.channels, device)
+    data = LatentDataset(latents, settings["frames"], codec.channels, device,
+                         options.latents == "disk")
     settings |= {"mean": data.mean.tolist(), "std": data.std.tolist(), "touch": data.touch}
     torch.manual_seed(seed)
     net = build_net(settings).to(device)
@@ -2645,7 +2807,9 @@ def command_train(options, given, device):
     precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
     train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps or 1300,  # usual
                     options.run / "model.pt", seed, options.batch_size, options.lr,
-                    settings["condition"], precision, options.resume, settings)
+                    settings["condition"], precision, options.compile, resume=options.resume,
+                    settings=settings, minutes=options.minutes or math.inf,
+                    without=settings["without"])
     if rank == 0:
         run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
         x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
@@ -2656,6 +2820,9 @@ def command_train(options, given, device):
         write_sounds(run, options.run / "samples", [
             (f"{kind}_{i}", "", labels[i], audio[i])
             for i in range(len(x)) for kind, audio in kinds.items()], path)
+        # Two halves of two, at least: one to compare with, one for the floor.
+        if len(data.valid) >= 4:
+            command_evaluate(options, run)
 
 
 def plot_schedule(objective, steps, **levels):
@@ -2811,9 +2978,7 @@ def main(argv=None):
         data = os.path.basename(os.path.abspath(options.data))
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
-            evaluate(run := Run(options.run, device), options.count or 185,      # 185: the default
-                     options.seed, options.sampler, options.steps, more=options.more)
-            write_page(run, run.folder / "samples")
+            command_evaluate(options, Run(options.run, device))
         elif options.command == "sample":
             command_sample(options, given, device)
         else:

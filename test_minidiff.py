@@ -19,6 +19,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -582,6 +583,12 @@ def test_snake():
     assert torch.allclose(snake(x), x + 0.0024788 * x ** 2, atol=2e-4)
 
 
+def test_snake_gradients():
+    """Derivatives by hand equal finite differences, in x and in ln a."""
+    x, log_a = (torch.randn(shape, dtype=torch.float64, generator=seeded(), requires_grad=True) for shape in ((2, 3, 5), (3, 1)))
+    assert torch.autograd.gradcheck(m.SnakeFunction.apply, (x, log_a))
+
+
 def test_snake_vae_lengths_and_range():
     """L = ceil(T / 256), L * 256 samples back, for any T; finite on silence; decoding passes gradients."""
     vae = m.SnakeVAE(16_000, width=8)
@@ -623,6 +630,15 @@ def test_stft_loss():
         estimate = odd.clone().requires_grad_()
         m.stft_loss(estimate, odd).backward()
         assert m.stft_loss(odd, odd).isfinite() and estimate.grad.isfinite().all()
+
+
+def test_codec_distances():
+    """A codec that halves the sound: ||S - S/2|| / ||S|| = 1/2, and 20 log10 2 = 6.0206 dB where nothing is below the floor."""
+    class Half(StubCodec):
+        encode, decode = lambda self, audio: audio[:, None], lambda self, z: z[:, 0] / 2
+    recordings = m.Plucks(12)
+    recordings.cache = {i: torch.randn(16_000, generator=seeded(i)) for i in range(12)}
+    assert m.codec_distances(Half(), recordings) == pytest.approx([0.5, 6.0206], rel=1e-4)
 
 
 def test_adversarial_losses():
@@ -1050,13 +1066,115 @@ def test_training_loop(tmp_path):
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
 
-    def advance(_):
+    def advance(_, watch):
         loss = 1000 * net.weight.sum()
         loss.backward()
         return {"loss": loss}
     average = m.training_loop("it", net, advance, lambda *_: ({}, ""), tmp_path / "a.pt", 1, 1e-3, (0.9, 0.99), 1.0, seeded())
     assert net.weight.item() == pytest.approx(-1e-5, rel=1e-3) and average.weight.item() == pytest.approx(-9e-5 / 11, rel=1e-3)
     assert m.load_checkpoint(tmp_path / "a.pt")["optimiser"]["state"][0]["exp_avg"].item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_what_training_leaves_out(tmp_path):
+    """`without` ema: the average is the last weights; schedule: Adam's first step is the whole rate, 1e-3; minutes = 0: one step."""
+    def train(steps=1, **how):
+        net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(net.weight)
+
+        def advance(_, watch):
+            with watch:
+                loss = net.weight.sum()
+                loss.backward()
+            return {"loss": loss}
+        average = m.training_loop("it", net, advance, lambda *_: ({}, ""), tmp_path / "a.pt", steps, 1e-3, (0.9, 0.99), 1.0, seeded(), **how)
+        return net.weight.item(), average.weight.item(), m.load_checkpoint(tmp_path / "a.pt")
+    weight, average, state = train(without=("ema", "schedule"))
+    assert weight == average == pytest.approx(-1e-3, rel=1e-3)
+    weight, average, state = train(steps=1000, minutes=0.0)
+    assert weight == pytest.approx(-1e-5, rel=1e-3) and (state["step"], state["complete"]) == (1, True)
+
+
+def test_stopwatch(monkeypatch):
+    """Inside for 1 s and for 2 s of 4 s: 3/4."""
+    now = iter([0.0, 0.5, 1.5, 2.0, 4.0, 4.0])
+    monkeypatch.setattr(m.time, "perf_counter", lambda: next(now))
+    watch = m.Stopwatch("cpu")
+    for _ in range(2):
+        with watch:
+            pass
+    assert watch.share() == 0.75
+
+
+def test_latents_on_disk(tmp_path):
+    """A map of the file gives the windows that memory gives; statistics of 250,000 frames in pieces are numpy's."""
+    rows = np.random.default_rng(0).normal(3, 2, (250_000, 2)).astype(np.float32)
+    rows.tofile(tmp_path / "frames.bin")
+    items = [[f"{i}", 50_000, i == 4, None, [-1, -1, -1]] for i in range(5)]
+    (tmp_path / "index.json").write_text(json.dumps({"width": 2, "items": items}))
+    a, b = (m.LatentDataset(tmp_path, 10, 2, disk=disk) for disk in (False, True))
+    assert all(torch.equal(x, y) for x, y in zip(a.batch(8, seeded())[:2], b.batch(8, seeded())[:2]))
+    assert a.mean.tolist() == pytest.approx(rows[:200_000].mean(0, float), rel=1e-5) and a.std.tolist() == pytest.approx(rows[:200_000].std(0, float), rel=1e-5)
+    assert b.flat.untyped_storage().data_ptr() != a.flat.untyped_storage().data_ptr()
+    (tmp_path / "frames.bin").write_bytes((rows + 1).tobytes())     # memory keeps what it has read, a map does not
+    assert b.flat[0, 0] == rows[0, 0] + 1 and a.flat[0, 0] == rows[0, 0]
+
+
+@pytest.mark.parametrize("what", ["attention", "norm", "residuals", "time"])
+def test_taking_an_idea_out(what):
+    """Attention out: frames far away are not heard. Norm out: twice the input, another answer scale. Residuals out: a block
+    whose last convolution is 0 gives 0. Time out: a block's answer is that of e = 0's modulation, whatever e is."""
+    torch.manual_seed(0)
+    net = m.take_out(m.UNet1d(2, 8, (1, 2), heads=1), [what])
+    x, e = torch.randn(1, 8, 16), torch.randn(1, 32)
+    if what == "attention":
+        attention, = {type(a): a for _, _, a in net.down[1:]}.values()
+        assert torch.equal(attention(x), x)
+    elif what == "norm":
+        assert torch.equal(net.exit[0](x), x)
+    else:
+        block = net.down[0][1]
+        torch.nn.init.zeros_(block.conv2.weight)
+        torch.nn.init.zeros_(block.conv2.bias)
+        assert torch.equal(block(x, e), 0 * x) == (what == "residuals")
+        assert block.modulate(e).abs().sum().item() == 0 or what == "residuals"
+        assert net.middle.modulate(e).abs().sum().item() > 0
+    assert net(torch.randn(1, 2, 9), torch.tensor([0.5])).shape == (1, 2, 9)
+
+
+RANK = """
+import pathlib, sys, torch, minidiff as m
+folder, steps, resume = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+m.meet("cpu")
+torch.manual_seed(0)
+rank, world = m.rank_and_world()
+data, net = m.LatentDataset(folder / "latents", 10, 2), m.UNet1d(2, 8, (1,), (128, 128, 1), heads=1)
+m.train_diffusion(net, m.RectifiedFlow(), data, steps, folder / "model.pt", batch_size=8, condition="note", every=2, resume=resume)
+torch.save(net.state_dict(), folder / f"rank_{rank}_of_{world}.pt")
+"""
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """torchrun: the same global batch gives the same losses within 1e-5, all ranks the same weights; a resume may change their number."""
+    def train(name, world, steps, resume=False):
+        where = tmp_path / name
+        if not where.exists():
+            where.mkdir()
+            latents_for_training(folder, where)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(where), str(steps), str(resume)], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                                  env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+                 for r in range(world)]
+        said = [rank.communicate(timeout=100)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, said
+        rows = list(csv.DictReader((where / "log.csv").open()))
+        return [float(r["value"]) for r in rows if r["quantity"] in ("loss", "held out")]
+    one, two = train("one", 1, 8), train("two", 2, 4)
+    assert two == pytest.approx(one[:4], abs=1e-5)
+    a, b = (torch.load(tmp_path / "two" / f"rank_{r}_of_2.pt") for r in range(2))
+    assert same(dict(a), dict(b))
+    assert train("two", 1, 8, resume=True) == pytest.approx(one, abs=1e-5)
 
 
 class StubCodec(torch.nn.Module):
@@ -1302,9 +1420,9 @@ def run(tmp_path_factory):
 
 def test_train_leaves_everything(run, capsys):
     """codec.pt, model.pt, log.csv, sounds and the page; a second run refuses, --resume goes on."""
-    assert {p.name for p in run.iterdir()} == {"codec.pt", "model.pt", "log.csv", "latents", "samples"}
+    assert {p.name for p in run.iterdir()} == {"codec.pt", "model.pt", "log.csv", "latents", "samples", "evaluation.json"}
     page = (run / "samples" / "index.html").read_text()
-    assert (page.count("<audio"), page.count("<img"), page.count("<svg")) == (12, 13, 3) and re.findall("<b>(.+?)_3<", page) == ["real", "codec", "generated"]
+    assert (page.count("<audio"), page.count("<img"), page.count("<svg")) == (12, 13, 4) and re.findall("<b>(.+?)_3<", page) == ["real", "codec", "generated"]
     assert torch.allclose(m.load_audio(run / "samples" / "real_3.wav", 16_000), m.Plucks().audio(53), atol=1e-4)   # 50 are trained on
     settings = m.load_checkpoint(run / "model.pt")["settings"]
     assert (settings["objective"], settings["condition"], settings["frames"]) == ("rf", "note", 25)
@@ -1475,6 +1593,27 @@ def test_other_trainings(run, tmp_path, options, monkeypatch, capsys):
     assert play("empty.mid") == 2 and ("0 notes" if "melodies" in options else "control") in capsys.readouterr().err
 
 
+def test_options_of_training(run, tmp_path, monkeypatch, capsys):
+    """Each reaches the piece that it speaks of; recordings get a discriminator half-way, strings none."""
+    seen = {}
+    monkeypatch.setattr(m, "train_diffusion", lambda net, objective, data, *a, **k: (_ for _ in ()).throw(
+        ValueError(repr(seen.update(net=net, data=data, compiled=a[7], **k)))))
+    for name in ("latents", "codec.pt"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / name)
+    argv = ["train", "--run", str(tmp_path), "--minutes", "2.5", "--without", "ema", "attention", "--latents", "disk", "--compile"]
+    assert m.main(argv) == 2
+    assert (seen["minutes"], seen["without"], seen["compiled"]) == (2.5, ["ema", "attention"], True)
+    assert m.main([*argv, "--net", "tutorial"]) == 2 and "none anyway" in capsys.readouterr().err
+    judges = {}
+    monkeypatch.setattr(m, "train_codec", lambda codec, data, *a, adversarial_from, **k: (_ for _ in ()).throw(
+        ValueError(judges.update({type(data).__name__: adversarial_from}))))
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", m.Plucks().audio(i).numpy(), 16_000)
+    for data in (str(tmp_path), "plucks"):
+        assert m.main(["codec", "--data", data, "--run", str(tmp_path / "new"), "--codec-steps", "10"]) == 2
+    assert judges == {"AudioFolder": 5, "Plucks": None}
+
+
 def test_what_does_not_fit_is_named(run, tmp_path, capsys):
     """Another format, a missing field, other labels, rate or codec, other data, no codec: one line with the field that differs."""
     def settings(**other):
@@ -1537,7 +1676,7 @@ def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
     for name, small in (("Plucks", (14, 0, 0.3, 16_000)), ("Melodies", (14, 0, 0.3, 16_000)), ("TutorialUNet", (8, 2)),
                         ("UNet1d", (8, (1,), (), 0, 1)), ("SnakeVAE", (8, (4, 4, 4, 4), 4, (1,)))):
         monkeypatch.setattr(getattr(m, name).__init__, "__defaults__", small)
-    monkeypatch.setattr(m.train_codec, "__defaults__", (0, "cpu", 1, 5e-4, 1024, 1e-3, None, False, None))
+    monkeypatch.setattr(m.train_codec, "__defaults__", (0, "cpu", 1, 5e-4, 1024, 1e-3, None))
     assert m.main(["train", "--run", "run", "--codec-steps", "1", "--steps", "1", "--batch-size", "2"]) == 0
     state = m.load_checkpoint("run/codec.pt")                       # it takes 50 ms with all that goes on training
     m.save_checkpoint("run/codec.pt", **{k: state[k] for k in ("step", "complete", "settings", "ema")})
@@ -1594,7 +1733,7 @@ import os, resource, shutil, signal, sys, time, torch._dynamo, minidiff as m    
 m.Plucks.__init__.__defaults__ = (40, 0, 0.4, 16_000)
 m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1)
 m.SnakeVAE.__init__.__defaults__ = (8, (4, 4, 4, 4), 4, (1,))
-m.train_codec.__defaults__ = (0, "cpu", 1, 5e-4, 1024, 1e-3, None, False, None)
+m.train_codec.__defaults__ = (0, "cpu", 1, 5e-4, 1024, 1e-3, None)
 clock = time.monotonic
 time.monotonic = lambda: 1000 * clock()
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -1816,7 +1955,7 @@ def test_every_option_is_read(capsys):
         assert re.findall(r"^(\w.*):$", text, re.M)[1:] == heads
         entries, _, example = text.rpartition("\n\n")
         for entry in re.split(r"\n  (?=--)", entries)[1:]:
-            assert re.match(r"--(resume|more|plot-schedule) |--\S+ [A-Z\d{-].*\(.+\)$", " ".join(entry.split("\n\n")[0].split())), entry
+            assert re.match(r"--(resume|more|plot-schedule|compile) |--\S+ [A-Z\d{-].*\(.+\)$", " ".join(entry.split("\n\n")[0].split())), entry
         m.parse(example.removeprefix("example: python minidiff.py ").split())
     read = set(re.findall(r"options\.(\w+)", SOURCE)) | set(re.findall(r"'(\w+)'", ast.unparse(DEFINITIONS["run_settings"])))
     assert not {name[2:].replace("-", "_") for name, _ in rows} - read
