@@ -2548,7 +2548,7 @@ model
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
 training
 --codec-steps      ct   2600   1..                     steps of the Snake VAE
---minutes          ct   -      0.0..                   minutes until each training ends (no limit)
+--minutes          ct   -      0.0..                   minutes after which a training ends (none)
 --batch-size       t    32     1..65536                sounds in a diffusion step
 --lr               t    0.002  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (half
@@ -2557,7 +2557,7 @@ training
                                                        what to leave out, to see what it is worth
                                                        (schedule: of the learning rate)
 --latents          t    memory memory|disk             where they are while the training draws them
---compile          t    -      FLAG                    compile the network: slow to start, then faster
+--compile          t    -      FLAG                    compile the network: slow start, then faster
 --precision        t    auto   auto|fp32|bf16          auto: bf16 where a GPU has it
 --resume           ct   -      FLAG                    go on where the run was stopped
 sampling
