@@ -1621,11 +1621,12 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
 class LatentDataset:
     """Windows of `frames` frames out of encoded recordings, standardised, drawn by index.
 
-    folder: what encode_recordings wrote. mean, std [C] are of the training part, and so is touch:
-    [0.9 quantile of the envelope in voiced frames, its median ratio from one to the next], what
-    midi_curves asks for, or None without curves. The frames live on `device`; with `disk` in the
-    file, of which the system keeps as much in memory as there is room for.
-    Lifts out with: nothing.
+    folder: what encode_recordings wrote. train [n] are the recordings to draw from; valid and start
+    [N] say in which recording, and at which frame, each held-out window begins. mean, std [C] are
+    of the training part, and so is touch: [0.9 quantile of the envelope in voiced frames, its
+    median ratio from one to the next], what midi_curves asks for, or None without curves. The
+    frames live on `device`; with `disk` in the file, of which the system keeps as much in memory as
+    there is room for. Lifts out with: nothing.
     """
 
     def __init__(self, folder, frames, channels, device="cpu", disk=False):
@@ -1646,10 +1647,12 @@ class LatentDataset:
         std = (torch.tensor(squares / trained.sum()) - mean ** 2).clamp_min(0).sqrt()
         # A channel that the codec hardly uses stays small instead of being blown up to size 1.
         self.mean, self.std = mean.float().to(device), std.float().clamp_min(1e-2).to(device)
-        self.labels, self.first, self.room, self.train, self.valid = (
+        # Held-out recordings are cut from their beginning into as many windows as they have.
+        valid, start = torch.tensor([(i, at) for i in held.nonzero()[:, 0].tolist() for at in range(
+            0, int(lengths[i]) - frames + 1, frames)], dtype=torch.long).reshape(-1, 2).T
+        self.labels, self.first, self.room, self.train, self.valid, self.start = (
             x.to(device) for x in (torch.tensor(labels), lengths.cumsum(0) - lengths,
-                                   lengths - frames, (~held).nonzero()[:, 0],
-                                   held.nonzero()[:, 0]))
+                                   lengths - frames, (~held).nonzero()[:, 0], valid, start))
         self.flat = torch.from_numpy(flat) if disk else torch.tensor(flat, device=device)
         train = flat[pieces[0]][trained[pieces[0]]]                # curves: the first will do
         self.touch, voiced = None, train[:, -1] > 0
@@ -1677,9 +1680,9 @@ class LatentDataset:
         where, items = torch.rand(n, generator=generator, device=self.device), self.train[chosen]
         return self.window(items, (where * (self.room[items] + 1)).long())
 
-    def held_out(self, items=slice(None)):
-        """The first windows of held-out recordings."""
-        return self.window(self.valid[items], torch.zeros_like(self.valid[items]))
+    def held_out(self, which=slice(None)):
+        """Windows of held-out recordings."""
+        return self.window(self.valid[which], self.start[which])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2297,7 +2300,7 @@ class Comparison:
         valid = self.data.valid
         self.N = min(count, len(valid) // 2)
         if self.N < 2:
-            raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 recordings held out, "
+            raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 windows held out, "
                              f"got {count} and {len(valid)}")
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
         self.A, (self.B, labels, self.curves) = (
@@ -2551,7 +2554,7 @@ model
 training
 --codec-steps      ct   -      1..                     steps of the VAE (2600; recordings 10000)
 --minutes          ct   -      0.01..                  minutes after which a training ends (none)
---batch-size       t    96     1..65536                sounds in a diffusion step
+--batch-size       t    -      1..65536                sounds in a step (those of 6000 frames)
 --lr               t    0.003  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (half
                                                        of them; for built-in data never)
@@ -2794,8 +2797,9 @@ def command_evaluate(options, run):
 def command_train(options, given, device):
     """codec, train: codec, latents, diffusion model, sounds. Lifts out with: the whole program."""
     rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if options.batch_size % world:
-        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {world} processes")
+    if (options.batch_size or 8) % world:                          # 8: see below
+        raise ValueError(f"--batch-size {options.batch_size or 'a multiple of 8'} cannot be shared "
+                         f"by {world} processes")
     if rank > 0:
         meet(device)                    # rank 0 comes when all is made that the others will find
     settings = run_settings(options, given)
@@ -2820,11 +2824,13 @@ def command_train(options, given, device):
     torch.manual_seed(seed)
     net = build_net(settings).to(device)
     print(f"diffusion: {sum(p.numel() for p in net.parameters()):,} parameters, {len(data.train)} "
-          f"recordings to train on, {len(data.valid)} held out, on {device}")
+          f"recordings to train on, {len(data.valid)} windows held out, on {device}")
+    # A step's work depends on its frames: 96 windows of the built-in strings, which have 63.
+    batch_size = options.batch_size or 8 * max(1, round(96 * 63 / settings["frames"] / 8))
     able = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
     train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps,
-                    options.run / "model.pt", seed, options.batch_size, options.lr,
+                    options.run / "model.pt", seed, batch_size, options.lr,
                     settings["condition"], precision, options.compile, resume=options.resume,
                     settings=settings, minutes=options.minutes or math.inf,
                     without=settings["without"])
@@ -2832,8 +2838,9 @@ def command_train(options, given, device):
         run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
         x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
                                **run.conditions(labels, curves))
-        real = [recordings.audio(i, 0, round(recordings.seconds * recordings.sample_rate))
-                for i in data.valid[:len(x)].tolist()]
+        length = round(recordings.seconds * recordings.sample_rate)
+        real = [recordings.audio(i, at * codec.hop, length) for i, at in zip(
+            data.valid[:len(x)].tolist(), data.start.tolist())]
         kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
         write_sounds(run, options.run / "samples", [
             (f"{kind}_{i}", "", labels[i], audio[i])
