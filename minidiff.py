@@ -693,15 +693,19 @@ class UNet1d(nn.Module):
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 # --------------------------------------------------------------------------------------------------
 # A plucked string is a sum of harmonics. The k-th swings at k f0 (a little above, for the string is
-# stiff), starts as loud as the place of the plucking lets it (none at all where it has a node
-# there), and dies away the faster the higher it is. Drawn aside and let go, the string starts at
-# rest, so all of them start together, as cosines:
+# stiff), starts as loud as the place of the plucking, p, lets it (not at all where it has a node),
+# and dies away the faster, d_k, the higher it is. Drawn aside and let go, the string starts at
+# rest, so all of them start together, as cosines; b is how dull the pick is:
 #
 #     x(time) = sum_k  sin(pi k p)/k e^(-(k-1) b) e^(-time d_k) cos(2 pi f_k time).
 #
 # That is a data set that we can make on the spot, and know to be in tune. To hear whether a sound
 # is in tune we ask at which delay it looks most like itself: the autocorrelation. It works where
-# the largest peak of the spectrum fails, since on a guitar that is often the second harmonic.
+# the largest peak of the spectrum fails, since on a guitar that is often the second harmonic. In
+# the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
+#
+# Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
+# in the README's demo such a note was heard at 42.97, 3 cents low.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -716,9 +720,8 @@ def resample(audio, from_rate, to_rate, padding=0.1):
     T, common = audio.shape[-1], math.gcd(from_rate, to_rate)
     down, up = from_rate // common, to_rate // common
     periods = math.ceil((1 + padding) * T / down) + 1
-    kept = min(down, up) * periods // 2 + 1                                # up to the lower Nyquist
-    spectrum = torch.fft.rfft(audio.double(), n=periods * down)[..., :kept]
-    out = torch.fft.irfft(spectrum, n=periods * up) * (up / down)
+    spectrum = torch.fft.rfft(audio.double(), n=periods * down)
+    out = torch.fft.irfft(spectrum, n=periods * up) * (up / down)      # irfft cuts off or fills up
     return out[..., :math.ceil(T * up / down)].to(audio.dtype)
 
 
@@ -782,7 +785,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, b
     """Synthesise plucked strings, exactly in tune: [B] MIDI pitch, [B] velocity 0..127 -> [B, T].
 
     The equation of this chapter with a random plucking point, brightness and decay; harder is
-    louder and brighter, |x| <= 0.9. generator as for standard_normal.
+    louder and brighter, |x| <= 0.9. generator as for standard_normal. Axis K is the harmonics k.
     Lifts out with: standard_normal.
     """
     T, k = round(seconds * sample_rate), torch.arange(1, harmonics + 1)
@@ -798,7 +801,8 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40, b
     loud = torch.sin(math.pi * k * p) / k * torch.exp(-(k - 1) * b)
     loud = torch.where(f < 0.45 * sample_rate, loud, 0.0)                       # none near Nyquist
     d = (1 + 3 * decay) * (1 + 0.15 * (k - 1)) * (f0 / 220).sqrt()     # 1/s; high ones die first
-    # e^(z time) at time = m + n is e^(z m) e^(z n): all harmonics and blocks, one matrix product.
+    # A cosine that dies away is the real part of e^(z time). At time = m + n that is e^(z m)
+    # e^(z n), m the start of a block: all harmonics and blocks are one matrix product.
     z = torch.complex(-d, 2 * math.pi * f) / sample_rate
     m, n = torch.arange(0, T, block), torch.arange(block)
     left = loud[:, None] * torch.exp(z[:, None] * m[:, None])                   # [B, T / block, K]
@@ -818,11 +822,11 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
     """The MIDI pitch around the middle of each hop: [B, T] -> [B, ceil(T / hop)], 0 where unvoiced.
 
     The autocorrelation r of a Hann window over four periods of `low` is divided by the window's own
-    (Boersma, IFA Proceedings 17, 1993): a periodic sound reaches 1 at its period, and again at each
-    multiple. Noise takes the same part 1 - r away from all of them, while half a period, which is a
-    peak where even harmonics are strong, lacks far more: the first peak is taken that lacks at most
-    3 % more than twice what the highest lacks. low, high: MIDI. finer: lags per sample.
-    Lifts out with: nothing.
+    (Boersma, IFA Proceedings 17, 1993): a periodic sound has r = 1 at its period, and again at each
+    multiple. So the first high peak is wanted, and the question is how high. Noise takes the same
+    part 1 - r from all multiples, while half a period, a peak where even harmonics are strong,
+    lacks far more: a peak will do that lacks at most 3 % more than twice what the highest lacks.
+    low, high: MIDI. finer: lags per sample. Lifts out with: nothing.
     """
     frames = -(-audio.shape[1] // hop)
     # Periods, in samples. A4 is 440 Hz and MIDI 69; an octave has 12 semitones.
@@ -833,6 +837,7 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
     windows = padded[:, width - (width - hop) // 2:].unfold(1, width, hop)[:, :frames]
 
     def correlate(x):
+        # The power spectrum is the autocorrelation's spectrum; zeros behind it give finer lags.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         r = torch.fft.irfft(power, n=2 * width * finer)[..., :finer * math.ceil(longest) + 2]
         return r / r[..., :1].clamp_min(1e-12)                                 # silence: 0, not NaN
@@ -852,7 +857,7 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
         voiced = (best > 0.5) & (x.square().mean(-1, keepdim=True).sqrt() > 10 ** (-70 / 20))
         return torch.where(voiced, midi, 0.0)[..., 0]
 
-    parts = windows.split(256, dim=1)                                          # 256 frames at once
+    parts = windows.split(256, dim=1)                # 256 frames at once, to spare the memory
     return torch.cat([track(part - part.mean(-1, keepdim=True)) for part in parts], dim=1)
 
 
@@ -870,7 +875,7 @@ def midi_events(track):
         while more:
             # Seven bits a byte, the highest first; the eighth says that more follow. 28 at most.
             more, bits = divmod(left.pop(), 128)
-            value = (value * 128 + bits) % 2 ** 28         # 128, 28: see above
+            value = (value * 128 + bits) % 2 ** 28                     # 128, 28: see above
         return value
 
     while left:
@@ -882,7 +887,7 @@ def midi_events(track):
         # Program change (0xC.) and channel pressure (0xD.) have one data byte, the others two.
         size = number() if status >= 0xF0 else 1 if status >> 4 in (0xC, 0xD) else 2
         data = kind + [left.pop() for _ in range(size)]
-        if status < 128 or status < 0xF0 and max(data) > 127:      # never in data
+        if status < 128 or status < 0xF0 and max(data) > 127:          # never in data
             raise ValueError(f"status byte {status} with data {data}")
         running = status if status < 0xF0 else running         # 0xF0 and above: of no channel
         yield tick, status, data
@@ -891,17 +896,16 @@ def midi_events(track):
 def read_midi(path, most=4_000_000):
     """The notes of a MIDI file of format 0 or 1: a list of (start s, end s, pitch, velocity).
 
-    Follows tempo changes and running status; notes still on at the end stop there. Raises
-    ValueError naming the file when it is missing, cut short, larger than `most` bytes, or no MIDI.
-    Lifts out with: midi_events.
+    Notes still on at the end stop there. Raises ValueError naming the file when it is missing, cut
+    short, larger than `most` bytes, or no MIDI. Lifts out with: midi_events.
     """
     events, notes, sounding, seconds, last, tempo = [], [], {}, 0.0, 0, 500_000    # us a beat
     try:
         data = pathlib.Path(path).read_bytes() if os.path.getsize(path) <= most else b""
         magic, size, form, tracks, ticks = struct.unpack_from(">4sIHHH", data)
-        at = 8 + size                                                  # 8: a chunk's name and size
         if magic != b"MThd" or form > 1 or not 0 < ticks < 0x8000:     # from 0x8000 on: film frames
             raise ValueError(f"{magic}, format {form}, division {ticks}")
+        at = 8 + size                                                  # 8: a chunk's name and size
         while tracks:
             name, size = struct.unpack_from(">4sI", data, at)
             track, = struct.unpack_from(f"{size}s", data, at + 8)      # 8: as above
@@ -910,6 +914,7 @@ def read_midi(path, most=4_000_000):
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path}: expected a whole MIDI file of format 0 or 1, timed in ticks per "
                          f"quarter note, of at most {most:,} bytes ({error})") from None
+    # All tracks in order of time; at the same tick a tempo (0xFF 0x51) comes before notes.
     for tick, status, data in sorted(events, key=lambda event: (event[0], event[1] != 0xFF)):
         seconds, last = seconds + (tick - last) * tempo / 1e6 / ticks, tick    # 1e6 us are 1 s
         if status == 0xFF and data[0] == 0x51:                     # 0x51: tempo, three bytes
@@ -942,22 +947,33 @@ def midi_curves(notes, frames, frame_seconds, level, fade):
 # 6. The Snake VAE: how does a second of sound become 63 vectors?
 # --------------------------------------------------------------------------------------------------
 # 16,000 numbers a second are too many for a diffusion model that must learn in minutes. A codec
-# squeezes 256 samples into one frame of 16 channels, and back. As a *variational* auto-encoder [13]
-# it gives each latent value a mean and a variance, and decodes a draw
+# squeezes 256 samples into one frame of 16 channels, and back. An auto-encoder alone may put its
+# latents anywhere, with holes between them that decode to rubbish. A *variational* one [13] gives
+# each latent value a mean and a variance, and decodes a draw from N(mean, variance),
 #
-#     z = mean + e^(log_variance / 2) noise        (so that the gradient reaches mean and variance)
+#     z = mean + e^(log_variance / 2) noise,     noise from N(0, 1).
 #
-# The price for what it sends, KL(N(mean, variance) || N(0, 1)), keeps latents near unit size and
-# without holes in between: what a diffusion model can hit, the decoder can play. Its activation,
-# Snake [11], bends with a period that it learns. The slope 1 + sin(2 a x) is never negative and
-# repeats however far from 0: a tone that goes on is something this network can continue.
+# Written so, the randomness is an input (`noise`), and z a smooth function of mean and
+# log_variance: dz/dmean = 1, dz/dlog_variance = (z - mean)/2. The gradient reaches both, where it
+# could not pass through a draw (the reparameterisation). The loss adds KL(N(mean, variance) ||
+# N(0, 1)), see `kl_divergence`. It keeps latents near unit size and lets neighbours overlap, so
+# that no holes are left: what a diffusion model can hit, the decoder can play.
+#
+# Its activation, Snake [11], is x + sin^2(a x)/a with a learned a. The slope, 1 + sin(2 a x), is
+# never negative and has a period of pi/a however far from 0. A ReLU's slope is constant out there;
+# so this network can continue a tone that goes on, and a ReLU network cannot.
+#
+# Try: `python minidiff.py sample --run runs/plucks --init-audio runs/plucks/samples/real_1.wav
+# --init-noise 0`. No noise is added, so what you hear is the codec's round trip. In the README, all
+# notes stay in tune through it.
 
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, one learned a > 0 per channel ([11] section 3): [B, D, T] -> [B, D, T].
 
-    Computed as x + c - c cos(2 a x), c = 1/(2a): one cosine and one fused multiply-add. The weight
-    is ln(a): a itself would sooner or later cross 0. Lifts out with: nothing.
+    Computed as x + c - c cos(2 a x), c = 1/(2a), by sin^2 y = (1 - cos 2y)/2: one cosine and one
+    fused multiply-add. The weight is ln(a): a itself would sooner or later cross 0.
+    Lifts out with: nothing.
     """
 
     def __init__(self, channels):
@@ -999,8 +1015,9 @@ class SnakeVAE(nn.Module):
     """A codec: audio [B, T] <-> latents [B, C, L], hop = product of strides, L = ceil(T / hop).
 
     As in [12] section 3.1 each stage divides time by its stride (at least 2) and doubles the width,
-    here up to 6 times `width`. Kernels are twice the stride, so that every output sample is made of
-    equally many inputs; else the stride is heard as a buzz. The LSTM hears the whole sound.
+    here up to 6 times `width`; the decoder goes the same way back. Kernels are twice the stride, so
+    that every output sample is made of equally many inputs; else the stride is heard as a buzz. The
+    LSTM hears the whole sound. encode gives the mean, decode's gradients pass.
     Lifts out with: Recurrent, ResidualUnit, Snake.
     """
     tail = 0                                      # samples that a frame needs beyond its own hop
@@ -1044,8 +1061,11 @@ class SnakeVAE(nn.Module):
 def kl_divergence(mean, log_variance):
     """KL(N(mean, variance) || N(0, 1)), the mean over all latent values, in nats ([13] appendix B).
 
-    The integral of p ln(p/q) in closed form: (mean^2 + variance - 1 - ln variance) / 2. A mean and
-    not a sum, so that its weight is the same at every length. Lifts out with: nothing.
+    KL(p || q) is the mean over z from p of ln p(z) - ln q(z). For p = N(mean, variance) and q =
+    N(0, 1) that is (z^2 - (z - mean)^2/variance - ln variance)/2. With E z^2 = mean^2 + variance
+    and E (z - mean)^2 = variance the mean is (mean^2 + variance - 1 - ln variance)/2.
+    The mean and not the sum over values: its weight is then the same at every length.
+    Lifts out with: nothing.
     """
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
@@ -1054,14 +1074,22 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 # --------------------------------------------------------------------------------------------------
 # Not when their samples agree: shift a tone by half a period and it sounds the same, while the
-# squared error is at its largest. Spectrograms forget the phase; three window lengths, because long
-# ones tell pitches apart and short ones tell when. Where they cannot tell, the decoder plays the
-# average, which is dull. A discriminator learns to hear that, and the decoder to fool it.
+# squared error is at its largest. Magnitudes of a spectrogram forget the phase; three window
+# lengths, because long ones tell pitches apart and short ones tell when. Where they cannot tell,
+# the decoder plays the average, which is dull. A discriminator learns to hear that, and the decoder
+# to fool it.
 #
-# Such losses have gradients of very different size, and the sizes change. The balancer divides each
-# by its own running norm, so that the weights are shares of the gradient and not magic numbers:
-# 1 : 1 then means equal say. The KL is not a function of the output and has no gradient there to
-# divide; it joins behind.
+# Losses have gradients at the output of very different size, which change as training goes on. A
+# weight on the loss then means nothing: doubling the loss doubles its pull. Divided by its own
+# running norm, gradient g_i says only where to go,
+#
+#     g  =  total_norm  sum_i w_i / sum(w)  g_i / <|g_i|>,     g_i = dloss_i / doutput,
+#
+# and c loss_i has the same g_i / <|g_i|> for any c > 0. Weights become shares of the pull, and
+# 1 : 1 means equal say. The KL does not depend on the output; it has no g_i and joins behind.
+#
+# Try: `python minidiff.py codec --run runs/judge --adversarial-from 1300`. runs/judge/log.csv tells
+# each loss's share of the gradient; from step 1,300 on two losses more take theirs.
 
 
 def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
@@ -1130,9 +1158,8 @@ def feature_matching_loss(real, fake):
 class LossBalancer:
     """Turn weights into shares of the gradient at the output ([12] section 3.4).
 
-    balanced = sum_i w_i / sum(w) * total_norm * g_i / <|g_i|>,   g_i = dloss_i / doutput [B, ...],
-    |.| the norm per item, mean over the batch, and <.> its bias-corrected running mean. Divided by
-    its norm, a loss says where to go and not how loud; doubling it changes nothing.
+    The equation of this chapter, g_i [B, ...]: |g_i| is the norm per item, mean over the batch;
+    <.> its running mean, divided by 1 - ema_decay^n since it starts at 0 and has seen n steps.
 
         balancer = LossBalancer({"l1": 1, "stft": 2})
         balancer.backward({"l1": l1, "stft": stft}, output, free={"kl": 0.01 * kl})
@@ -1150,9 +1177,8 @@ class LossBalancer:
         free: those that do not depend on the output (KL). `shares` then holds each loss's part of
         the balanced gradient, sum 1. ValueError for a loss without a weight.
         """
-        for name in losses:
-            if name not in self.weights:
-                raise ValueError(f"no weight for the loss {name!r}, only for {list(self.weights)}")
+        if strange := [name for name in losses if name not in self.weights]:
+            raise ValueError(f"no weight for the loss {strange[0]!r}, only for {list(self.weights)}")
         total, parts = sum(self.weights[name] for name in losses), {}
         for name, loss in losses.items():
             g, = torch.autograd.grad(loss, output, retain_graph=True)
