@@ -870,8 +870,7 @@ def midi_events(track):
     """Yield (tick, status, data) of each event in a MIDI track's bytes. Lifts out with: nothing."""
     left, tick, running = list(reversed(track)), 0, 0                  # left.pop() is the next byte
 
-    def number():
-        value, more = 0, True
+    def number(value=0, more=1):
         while more:
             # Seven bits a byte, the highest first; the eighth says that more follow. 28 at most.
             more, bits = divmod(left.pop(), 128)
@@ -882,9 +881,8 @@ def midi_events(track):
         tick += number()
         # A byte below 128 is data already: the status byte of the event before still holds.
         status = left.pop() if left[-1] >= 128 else running
-        # Meta events (0xFF, then their kind) and system exclusive ones say how many bytes follow.
-        kind = [left.pop()] if status == 0xFF else []
-        # Program change (0xC.) and channel pressure (0xD.) have one data byte, the others two.
+        kind = [left.pop()] if status == 0xFF else []          # 0xFF: a meta event, first its kind
+        # From 0xF0 on a length is told; else 0xC. and 0xD. have one data byte, the others two.
         size = number() if status >= 0xF0 else 1 if status >> 4 in (0xC, 0xD) else 2
         data = kind + [left.pop() for _ in range(size)]
         if status < 128 or status < 0xF0 and max(data) > 127:          # never in data
@@ -896,7 +894,7 @@ def midi_events(track):
 def read_midi(path, most=4_000_000):
     """The notes of a MIDI file of format 0 or 1: a list of (start s, end s, pitch, velocity).
 
-    Notes still on at the end stop there. Raises ValueError naming the file when it is missing, cut
+    Notes still on at the end stop there. Raises ValueError naming a file that is missing, cut
     short, larger than `most` bytes, or no MIDI. Lifts out with: midi_events.
     """
     events, notes, sounding, seconds, last, tempo = [], [], {}, 0.0, 0, 500_000    # us a beat
