@@ -69,7 +69,6 @@ import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 import urllib.request
 import warnings
@@ -1241,14 +1240,28 @@ class LossBalancer:
 # --------------------------------------------------------------------------------------------------
 # 8. Data: where do the notes come from?
 # --------------------------------------------------------------------------------------------------
-# From a formula (Plucks, Melodies), a folder of recordings, or NSynth [14]. Each source of sound
-# gives audio(i) and what is known of it: labels (pitch, velocity, source) and whether it is held
-# out. Neither network trains on held-out notes; in NSynth's folders they are other instruments.
+# From a formula (Plucks, Melodies), a folder of recordings (AudioFolder), or NSynth [14], which is
+# fetched into such a folder. Of each the rest of the file asks the same: audio(i), the samples of
+# recording i; its labels (pitch, velocity, source); and whether it is held out. Neither network
+# trains on what is held out, so that it can be compared with what was never seen. In NSynth's
+# folders it is other instruments, elsewhere a part of the recordings.
 #
-# Diffusion never touches audio. Every recording is encoded once, into one flat file of frames that
-# the next run finds again; training cuts windows out of it. Latents are standardised: the noise has
-# variance 1, and what chapter 1 says about losses counts on the data having it too. Mean and
-# deviation come from the training part alone, and travel in the checkpoint.
+# Diffusion never touches audio. Each recording goes through the codec once, before the training:
+#
+#     audio(i) [T]  -- encode -->  frames [L, C] of one long file  -- at random -->  window [C, L]
+#
+# The file has the frames of all recordings one after the other; a batch is windows cut out of it at
+# random. It stays in the run's folder, beside a note of what it was made from, so the next training
+# finds it there, or makes it anew if codec or recordings have changed.
+#
+# x_0 is such a window, standardised: (latents - mean) / deviation, for each channel. Chapter 1 adds
+# noise of variance 1: channels of deviation 100 it would hardly touch, those of 0.01 it would drown
+# at once. Mean and deviation come from the training part alone, or the held-out notes would have
+# had a say; they travel in the checkpoint, since what is generated must be scaled back.
+#
+# Try: `python minidiff.py train --data melodies`, phrases instead of notes, with curves of loudness
+# and pitch instead of labels; then `python minidiff.py sample --run runs/melodies --midi tune.mid`
+# with a MIDI file of yours. README.md says how closely it follows.
 AUDIO_ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
 MIDI = r"(0\d\d|1[01]\d|12[0-7])"                                  # 000 to 127
 NSYNTH_NAME = re.compile(rf"(.+)_\d{{3}}-{MIDI}-{MIDI}")          # source_instrument-pitch-velocity
@@ -1259,9 +1272,11 @@ NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a0d81a3cd72d55d427a95f0558e43dfb
 
 
 class Progress:
-    """A line that says how far things are and how long they will take; `done` is where they start.
-    A terminal's renews itself, a file gets one every 15 seconds; of less work than that without a
-    text nothing remains. Lifts out with: nothing.
+    """A line on stderr: how far a long work is, how fast, how long it will take. Cheap enough to be
+    called at every step: progress(done, text) for `done` of `total`, the text behind the line.
+
+    A terminal's line renews itself, a file gets one every 15 seconds. Work that was shorter than
+    that leaves none behind, unless it ends with a text. Lifts out with: nothing.
     """
 
     def __init__(self, what, total, unit="items", done=0):
@@ -1269,49 +1284,18 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def __call__(self, done, text=""):
-        """`done` of `total` are done; `text` goes behind. Cheap enough for every step."""
         now, live, last = time.monotonic(), sys.stderr.isatty(), done >= self.total
-        early = now - self.shown < (0.2 if live else 15)           # seconds
-        brief = last and not text and now - self.began < 15        # seconds
-        if not last and (early or done <= self.first) or brief and not live:
+        spent, pause = now - self.began, 0.2 if live else 15.0             # seconds
+        stays = text or not last or spent >= 15                            # seconds
+        due = last or done > self.first and now - self.shown >= pause
+        if not due or not (stays or live):
             return
-        self.shown, spent = now, now - self.began
-        rate = (done - self.first) / max(spent, 1e-9)              # the first call may come at once
+        self.shown, rate = now, (done - self.first) / max(spent, 1e-9)     # it may be done at once
         left = f"{spent:.0f} s in all" if last else f"{(self.total - done) / rate:.0f} s left"
         line = f"{self.what} {done:,}/{self.total:,}  {rate:,.1f} {self.unit}/s  {left}"
         # On a terminal: back to the first column, and away with what stood there.
-        print("\r\033[K" * live + (line + f"  {text}" * bool(text)) * (not brief),
-              end="\n" * (last and not brief or not live), file=sys.stderr, flush=True)
-
-
-class Interrupt:
-    """`with Interrupt() as stop`: Ctrl-C and SIGTERM set stop.asked. Lifts out with: nothing."""
-    asked, before = False, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():     # the others get no signals
-            self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, *_):
-        self.asked = True
-        self.__exit__()                                                     # a second one kills
-
-    def __exit__(self, *_):
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
-
-@contextlib.contextmanager
-def fitting(path):
-    """Within it, what a foreign file lacks or has in another shape is a ValueError that names
-    `path` and the field. Lifts out with: nothing.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
-        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
+        print("\r\033[K" * live + (line + f"  {text}" * bool(text)) * bool(stays),
+              end="" if live and not (last and stays) else "\n", file=sys.stderr, flush=True)
 
 
 class Recordings:
@@ -1398,10 +1382,34 @@ class Melodies(Plucks):
         return notes
 
 
+@contextlib.contextmanager
+def postponed_interrupt():
+    """`with postponed_interrupt() as asked`: Ctrl-C or SIGTERM fills the list `asked`, so that what
+    is under way can be finished and saved; a second one interrupts at once.
+    Lifts out with: nothing.
+    """
+    asked, before = [], {}
+
+    def note(number, _):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with contextlib.suppress(ValueError):               # only the main thread is given any signals
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def write_file(path, content):
     """Write bytes so that a crash, at any moment, leaves the old file or the new one.
 
-    Raises OSError naming the file, the old one untouched. Lifts out with: nothing.
+    The bytes go into a file beside it and from memory to the disk (fsync); only then does that file
+    take the name, which happens at once or not at all. Raises OSError naming the file, the old one
+    untouched. Lifts out with: nothing.
     """
     fresh = pathlib.Path(f"{path}.new")
     try:
@@ -1431,7 +1439,7 @@ def read_json(path):
 
 
 def inspect_audio(path):
-    """Read a sound file to its end: (samples, rate in Hz, CRC-32 of them, None or what is wrong).
+    """Read a sound file to its end: [samples, rate in Hz, CRC-32 of them, None or what is wrong].
     Lifts out with: read_blocks.
     """
     frames, rate, crc, peak = 0, 0, 0, 0.0
@@ -1440,12 +1448,12 @@ def inspect_audio(path):
             frames, crc = frames + len(block), zlib.crc32(block, crc)
             peak = np.maximum(peak, abs(block).max())              # unlike max(), it passes NaN on
     except ValueError as error:
-        return 0, 0, 0, str(error).removeprefix(f"{path}: ")
+        return [0, 0, 0, str(error).removeprefix(f"{path}: ")]
     short, soft = frames < max(1, 0.05 * rate), peak < 1e-4                  # 0.05 s; -80 dB
     problem = ("holds NaN or samples above 1000" if not peak <= 1000         # 60 dB too loud
                else f"holds {frames} samples, less than 0.05 s" if short
                else "holds only silence" if soft else None)
-    return frames, rate, crc, problem
+    return [frames, rate, crc, problem]
 
 
 class AudioFolder(Recordings):
@@ -1454,10 +1462,10 @@ class AudioFolder(Recordings):
     NSynth names (guitar_acoustic_004-071-025.wav) give the labels, other names give -1. What lies
     in folders that end in -valid is held out; if that is nothing or all, a seeded 5 % is.
     sample_rate None: the most common, at most 22,050 Hz; seconds None: the longest, at most 8
-    (seeds/004). `unusable` is {name: reason}; known: a JSON file that remembers what was found.
-    Raises ValueError for no folder, below 2 usable files, or if less than half are usable. Lifts
-    out with: Progress, Recordings, inspect_audio, load_audio, read_blocks, read_json, resample,
-    write_file, write_json.
+    (seeds/004). `unusable` is {name: reason}; known: a JSON file that remembers, by size and time,
+    what was found, since to know that a file is whole it must be read. Raises ValueError for no
+    folder, below 2 usable files, or if less than half are usable.
+    Lifts out with: the whole program.
     """
 
     def __init__(self, root, sample_rate=None, seconds=None, seed=0, known=None):
@@ -1466,16 +1474,18 @@ class AudioFolder(Recordings):
                              "or a folder of recordings")
         every = [pathlib.Path(folder, name) for folder, _, names in os.walk(root) for name in names]
         files = sorted(path for path in every if path.suffix.lower() in AUDIO_ENDINGS)
-        seen = read_json(known) if known else {}
-        progress, rows = Progress("checking files", len(files)), []
+        seen, progress = read_json(known) if known else {}, Progress("checking files", len(files))
+        rows, self.unusable = [], {}
         for done, path in enumerate(files, 1):
             stamp = [path.stat().st_size, path.stat().st_mtime_ns] if os.path.exists(path) else 0
             if seen.get(str(path), [None])[0] != stamp:
                 seen[str(path)] = [stamp, *inspect_audio(path)]
-            rows.append((path, str(path.relative_to(root)), *seen[str(path)][1:]))
+            name, (*found, problem) = str(path.relative_to(root)), seen[str(path)][1:]
+            if problem:
+                self.unusable[name] = problem
+            else:
+                rows.append((path, name, *found))
             progress(done)
-        self.unusable = {name: problem for _, name, *_, problem in rows if problem}
-        rows = [row[:-1] for row in rows if not row[-1]]
         if len(rows) < max(2, len(files) / 2):
             first = next((f" ({name!r} {why})" for name, why in self.unusable.items()), "")
             raise ValueError(f"{root}: {len(files)} audio files ({' '.join(AUDIO_ENDINGS)}) among "
@@ -1510,65 +1520,56 @@ class AudioFolder(Recordings):
 
 
 def download(url, path, size, sha256, attempts=5, timeout=30.0):
-    """Fetch url to path, going on where an interrupted download stopped.
+    """Fetch url to path, going on where an interrupted download stopped; if all is there, not at
+    all. Whichever it was, the bytes are checked: who reads them afterwards knows what they hold.
 
-    Bytes gather in path.part, which gets its name when size and SHA-256 are right. Raises
-    ValueError after `attempts` tries in a row without a new byte (timeout in seconds each), or for
-    wrong bytes. Lifts out with: Progress.
+    Raises ValueError after `attempts` tries in a row without a new byte (timeout in seconds each),
+    or if size or SHA-256 is another. Lifts out with: Progress.
     """
-    part, failures = pathlib.Path(f"{path}.part"), 0
-    part.touch()
-    progress = Progress("downloading", size, "bytes", part.stat().st_size)
-    while (have := part.stat().st_size) < size and failures < attempts:
+    path, failures = pathlib.Path(path), 0
+    path.touch()
+    progress = Progress("downloading", size, "bytes", path.stat().st_size)
+    while (have := path.stat().st_size) < size and failures < attempts:
         try:
             why = "the connection ended"
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
             # Status 206: the server goes on at `have`. Otherwise it starts over, and so do we.
             with urllib.request.urlopen(request, timeout=timeout) as answer, \
-                    open(part, "ab" if answer.status == 206 else "wb") as file:    # 206: see above
+                    open(path, "ab" if answer.status == 206 else "wb") as file:    # 206: see above
                 # A mebibyte at a time; progress returns None.
                 file.writelines(iter(lambda: progress(file.tell()) or answer.read(1 << 20), b""))
         except (OSError, ValueError, http.client.HTTPException) as error:   # time-outs, resets too
             why = str(error)
-        failures = 0 if part.stat().st_size > have else failures + 1
+        failures = 0 if path.stat().st_size > have else failures + 1
     if have < size:
         raise ValueError(f"{url}: {why}; {have:,} of {size:,} bytes are kept, run the same again")
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if have != size or digest != sha256:
-        part.unlink()
-        raise ValueError(f"{url}: got {have:,} bytes with SHA-256 {digest}, expected {size:,} "
-                         f"with {sha256}; deleted, run the same again")
-    os.replace(part, path)
+        raise ValueError(f"{path}: {have:,} bytes with SHA-256 {digest}, expected {size:,} with "
+                         f"{sha256}; delete it and run the same again")
 
 
 def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYNTH_SHA256):
     """NSynth's guitars as mp3, 335 MB: downloads, checks, unpacks; returns the folder of notes.
 
     Unpacks beside the target and renames at the end: half a set never looks like a whole one.
-    ValueError: wrong bytes, a spoilt archive, entries that would leave the folder, more than 4 GB.
-    Lifts out with: Progress, download, fitting.
+    Raises ValueError as `download` does, before anything is unpacked.
+    Lifts out with: Progress, download.
     """
     target, archive, fresh = (pathlib.Path(folder, name) for name in
                               ("NSYNTH_GUITAR_MP3", "NSYNTH.zip", "unpacking"))
     if target.is_dir():
         return target
     archive.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        download(url, archive, size, sha256)
+    download(url, archive, size, sha256)
     shutil.rmtree(fresh, ignore_errors=True)
-    with fitting(archive), zipfile.ZipFile(archive) as bundle:
+    with zipfile.ZipFile(archive) as bundle:
         entries = bundle.infolist()
-        for name in bundle.namelist():
-            if not (fresh / name).resolve().is_relative_to(fresh.resolve()):
-                raise ValueError(f"{archive}: {name!r} leaves its folder; nothing unpacked")
-        if sum(entry.file_size for entry in entries) > 4e9:                              # 4 GB
-            raise ValueError(f"{archive}: more than 4 GB inside; nothing unpacked")
         progress = Progress("unpacking", len(entries))
         for done, entry in enumerate(entries, 1):
-            bundle.extract(entry, fresh)
+            bundle.extract(entry, fresh)                     # what would leave the folder, stays in
             progress(done)
-    os.replace(fresh / target.name if (fresh / target.name).is_dir() else fresh, target)
-    shutil.rmtree(fresh, ignore_errors=True)
+    os.replace(fresh, target)
     return target
 
 
@@ -1581,10 +1582,10 @@ class Music2Latent:
     """
     sample_rate, hop, channels, tail = 44_100, 4096, 64, 1536
 
-    def __init__(self, seed=0, device=None, batch=16):
+    def __init__(self, seed=0, device=None):
         import music2latent                                     # slow to load: only when it is used
         warnings.filterwarnings("ignore", ".*autocast", module="music2latent")   # said on every CPU
-        self.seed, self.batch = seed, batch
+        self.seed = seed
         # Apple's GPUs garble this codec: there it stays on the CPU.
         self.device = torch.device("cpu" if "mps" in str(device) else device or "cpu")
         weights = pathlib.Path(music2latent.__file__).parent / "models" / "music2latent.pt"
@@ -1606,7 +1607,7 @@ class Music2Latent:
         """[B, T] -> [B, 64, L]; what is shorter than a frame is padded with silence."""
         padded = F.pad(audio, (0, max(0, self.hop + self.tail - audio.shape[-1])))
         # On a GPU the package answers in half precision.
-        return self.model.encode(padded.to(self.device), max_batch_size=self.batch).to(audio)
+        return self.model.encode(padded.to(self.device), max_batch_size=16).to(audio)
 
     def decode(self, latents):
         """[B, 64, L] -> [B, 4096 L + 1536]: each item from the same noise, alone or in a batch."""
@@ -1620,13 +1621,14 @@ class Music2Latent:
 
 @torch.no_grad()
 def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
-    """Encode recordings `first` and on in pieces: yields (recording, is it the last, audio, rows).
+    """Encode recordings `first` and on, piece by piece, so that an hour takes no more memory than a
+    note: yields (recording i, its frames if this is its last piece, else 0, audio [T], rows).
 
-    Pieces of `seconds` see one second more on each side, so that no edge is near what is kept: rows
-    [frames, C] float32, with `curves` [frames, C + 2], the envelope and the MIDI pitch behind.
-    Equally long pieces share a batch, on which rounding depends: what shares one with `first` comes
-    before it, so that the batches, and the bits, are those of an encoding that was never cut off.
-    Lifts out with: envelope, pitch_track.
+    Pieces of `seconds` hear one second more on each side, so that no edge is near what is kept:
+    rows [frames, C], float32, with `curves` [frames, C + 2], envelope and MIDI pitch behind.
+    Equally long pieces share a batch, and float32 rounds a little differently in a batch of another
+    size: what shares one with `first` is encoded again, so that an encoding that was cut off ends
+    with the same bits as one that was not. Lifts out with: envelope, pitch_track.
     """
     rate, hop = codec.sample_rate, codec.hop
     length, overlap = (max(1, round(s * rate / hop)) for s in (seconds, 1))              # frames
@@ -1637,7 +1639,7 @@ def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
             for a in range(0, L, length):
                 begin, b = max(0, a - overlap), min(a + length, L)
                 samples = (min(b + overlap, L) - begin) * hop + codec.tail
-                yield samples, i, begin * hop, b == L, slice(a - begin, b - begin)
+                yield samples, i, begin * hop, L * (b == L), slice(a - begin, b - begin)
 
     for samples, alike in itertools.groupby(pieces(), key=lambda piece: piece[0]):
         while together := list(itertools.islice(alike, batch)):
@@ -1649,56 +1651,50 @@ def encode_pieces(codec, recordings, first, seconds, curves, device, batch):
             if curves:
                 both = torch.stack([envelope(audio, hop), pitch_track(audio, rate, hop)], dim=1)
                 rows = torch.cat([rows, both[..., :rows.shape[-1]]], dim=1)
-            for (_, i, _, last, kept), heard, row in zip(together, audio, rows):
-                yield i, last, heard, row[:, kept].T.contiguous().numpy()
+            yield from ((i, L, heard, row[:, kept].T.contiguous().numpy()) for
+                        (_, i, _, L, kept), heard, row in zip(together, audio, rows) if i >= first)
 
 
 def encode_recordings(codec, recordings, folder, curves=False, device="cpu", seconds=8.0, batch=16):
     """Encode all recordings into folder/frames.bin and index.json; goes on where it was cut off.
 
     A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
-    out, pitch as recorded, labels] of each recording. Latents of another codec or of other data are
-    replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the other arguments see
-    encode_pieces. Lifts out with: Interrupt, Progress, encode_pieces, envelope, note_pitch,
-    pitch_track, read_json, write_file, write_json.
+    out, pitch as recorded, labels] of each recording whose rows are on the disk. Latents of another
+    codec or of other data are replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the
+    other arguments see encode_pieces. Lifts out with: the whole program.
     """
     store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
-    N = len(recordings)
     made_from = [recordings.made_from, codec.made_from, recordings.seconds, curves]
-    index, width = read_json(store), codec.channels + 2 * curves
+    index, width, rate = read_json(store), codec.channels + 2 * curves, codec.sample_rate
     size = lambda: sum(item[1] for item in index["items"]) * width * np.float32().nbytes   # bytes
     if index.get("made_from") != made_from or not flat.exists() or flat.stat().st_size < size():
         index = {"made_from": made_from, "width": width, "items": []}
         # The index goes first: the old one would vouch for new frames.
         write_json(store, index)
-    items, frames, saved, rate = index["items"], 0, time.monotonic(), codec.sample_rate
+    items, N, saved = index["items"], len(recordings), time.monotonic()
     if len(items) == N:
         return
     progress = Progress("encoding", N, "recordings", len(items))
     work = encode_pieces(codec, recordings, len(items), seconds, curves, device, batch)
-    with open(flat, "r+b" if items else "wb") as file, Interrupt() as stop:
-        file.truncate(file.seek(size()))            # away with rows of a recording left unfinished
-        for i, last, sound, rows in work:
-            if i < len(items):
-                continue
+    with open(flat, "ab") as file, postponed_interrupt() as interrupt:
+        file.truncate(size())                   # away with rows of a recording left unfinished
+        for i, L, sound, rows in work:
             file.write(rows)
-            frames += len(rows)
-            if not last:
+            if not L:
                 continue
             # What a held-out note measures as recorded, 60 times a second: `evaluate`'s ceiling.
             held, label, pitch = bool(recordings.valid[i]), recordings.labels[i].tolist(), math.nan
             if held and label[0] >= 0:
                 pitch = note_pitch(pitch_track(sound[None], rate, hop=round(rate / 60))).item()
             pitch = None if math.isnan(pitch) else pitch
-            items.append([recordings.names[i], frames, held, pitch, label])
+            items.append([recordings.names[i], L, held, pitch, label])
             progress(len(items))
-            frames = 0
-            if len(items) == N or stop.asked or time.monotonic() - saved > 20:           # seconds
+            if len(items) == N or interrupt or time.monotonic() - saved > 20:            # seconds
                 file.flush()
                 os.fsync(file.fileno())
-                write_json(store, index)
+                write_json(store, index)        # after the rows: it vouches for them
                 saved = time.monotonic()
-            if stop.asked:
+            if interrupt:
                 raise KeyboardInterrupt(f"{len(items):,} recordings are saved; go on with --resume")
 
 
@@ -1718,7 +1714,7 @@ class LatentDataset:
         # c: a map that would take changes, and forget them. torch wants one, and none are made.
         flat = np.memmap(pathlib.Path(folder, "frames.bin"), np.float32, "c")
         flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
-        self.names, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
+        _, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
         trained, total, squares = np.repeat(~held.numpy(), lengths.numpy()), 0.0, 0.0
@@ -1772,22 +1768,31 @@ class LatentDataset:
 # --------------------------------------------------------------------------------------------------
 # 9. Training: how do we get good weights, and never lose them?
 # --------------------------------------------------------------------------------------------------
-# One loop serves both networks: draw a batch, step, now and then say how it goes, save. Three
-# things in it are worth a thought.
+# One loop serves both networks: draw a batch, pass forward and backward, let Adam change the
+# weights a little against the gradient, average, and now and then say how it goes and save.
 #
-# The learning rate warms up, stays, and falls as 1/sqrt(step). It does not know when it will end,
-# so a run that is continued goes exactly the way of one that was longer from the start. What a
-# decay to zero would buy at the end, the moving average of the weights buys: late steps rattle
-# about the floor of the valley, and their mean lies in its middle ([21] section 3.1).
+# Learning rate. It warms up, stays, and falls as 1/sqrt(step). It does not know when the training
+# will end, so a run that is continued goes exactly the way of one that was longer from the start.
+# Other schedules fall to zero at the end, so that the weights come to rest: a batch is a sample,
+# its gradient is off by chance, and late weights rattle about the best ones. The moving average of
+# the weights (EMA) is near what they rattle about, and to be had at any step ([21] section 3.1).
 #
-# A checkpoint holds everything that the next step depends on, the state of the random generator
-# too, and is written beside the old one and renamed: at every moment one of the two is whole.
+# Checkpoints. Saved is everything that the next step depends on: weights, average, Adam's memory,
+# the state of the random generator. So training that was stopped and resumed ends with the bits of
+# one that was not. write_file sees to it that at any moment the old or the new state is whole.
 #
-# More than one GPU: torchrun starts this file once per GPU. Every rank draws the *whole* batch, its
-# times and its noise from the same generator and keeps each N-th item, so N ranks together see what
-# one would see alone; DistributedDataParallel averages their gradients. Rank 0 alone writes.
+# More than one GPU. `torchrun --nproc-per-node 2 -- minidiff.py train` starts this program once for
+# each GPU. Each process ("rank") has the same weights. DistributedDataParallel (DDP) waits in every
+# backward pass until the gradients of all ranks are there, and gives each rank their mean; so all
+# take the same step, and the weights stay the same. For this to be the training of one process, the
+# ranks' items must make up its batch. So each rank draws the *whole* batch, with its times, noise
+# and dropped conditions, from a generator of the same seed, and gives its network every N-th item:
+# rank 0 the items 0, N, 2N, ..., rank 1 the items 1, N + 1, ... To draw costs little, the network
+# nearly all. The mean of the ranks' gradients is then that of the whole batch, whatever N is, and
+# rank 0, which alone writes, saves a generator's state that resumes the run on any number of GPUs.
 #
-#     torchrun --nproc-per-node 2 -- minidiff.py train
+# Try: `python minidiff.py train --run runs/bare --without ema`, which takes the last weights, and
+# compare its held-out loss and its notes with those of runs/plucks, in the README's first table.
 FORMAT = 1
 # EDM's own levels, e^N(-1.2, 1.2^2), are for images of deviation 0.5. Ours is 1; e^N(0, 1) are the
 # sigma/alpha at which rectified flow trains, t/(1 - t) of its logit-normal times.
@@ -1846,6 +1851,18 @@ def load_checkpoint(path):
     return state
 
 
+@contextlib.contextmanager
+def fitting(path):
+    """Within it, what a checkpoint lacks or has in another shape is a ValueError that names `path`
+    and the field. Lifts out with: nothing.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
+        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
+
+
 def rank_and_world():
     """(which process am I, of how many): (0, 1) without torchrun. Lifts out with: nothing."""
     group = torch.distributed
@@ -1859,35 +1876,29 @@ def learning_rate(step, peak, warmup=100, settle=2000):
 
 
 class Stopwatch:
-    """How much of the time since it was made was spent inside `with stopwatch`: share().
+    """`with watch` around some of the work: watch.share() is its part of the time since the start.
 
-    A GPU is asked for its own time, so that nobody waits for it before share(), which does.
-    Lifts out with: nothing.
+    A GPU works behind the program's back, so it is asked for its own time, with marks in the queue
+    of its work; nobody waits for them before share(), which does. Lifts out with: nothing.
     """
 
     def __init__(self, device):
-        self.gpu, self.spans = torch.device(device).type == "cuda", []
-        self.began = self.mark()
+        self.gpu, self.marks = torch.device(device).type == "cuda", []
+        self.mark()
 
-    def mark(self):
-        if not self.gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self, *_):
+        self.marks.append(torch.cuda.current_stream().record_event(
+            torch.cuda.Event(enable_timing=True)) if self.gpu else time.perf_counter())
 
-    def __enter__(self):
-        self.entered = self.mark()
-
-    def __exit__(self, *_):
-        self.spans.append((self.entered, self.mark()))
+    __enter__ = __exit__ = mark
 
     def share(self):
-        end = self.mark()
+        self.mark()
+        began, *inside, ended = self.marks
         if self.gpu:
             torch.cuda.synchronize()
         took = lambda a, b: a.elapsed_time(b) if self.gpu else b - a
-        return sum(took(*span) for span in self.spans) / took(self.began, end)
+        return sum(map(took, inside[::2], inside[1::2])) / took(began, ended)
 
 
 def read_means(what, unread, done, rate):
@@ -1904,62 +1915,60 @@ def read_means(what, unread, done, rate):
     return {k: np.mean([seen[k] for seen in read if k in seen]) for k in read[-1]}
 
 
-def kept_rows(log, what, step):
-    """The lines of log.csv, without what a killed run logged of `what` after `step`, which it had
-    saved last: that will come again. Lifts out with: nothing.
+def saved_state(path, what, parts, generator, resume):
+    """Where training_loop begins: (step, rows of log.csv); to resume, parts and generator get what
+    it saved at `path`. ValueError if that does not fit. Lifts out with: fitting, load_checkpoint.
     """
+    step, log = 0, path.parent / "log.csv"
+    if resume and path.exists():
+        state = load_checkpoint(path)
+        with fitting(path):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            generator.set_state(state["generator"])
+            step = state["step"]
     rows = log.read_text().splitlines(True) if log.exists() else ["phase,step,quantity,value\n"]
-    return [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= step]
+    # The log is written before the checkpoint. If the run was killed in between, the rows of `what`
+    # that are ahead of the checkpoint will come again.
+    return step, [r for r in rows if r.split(",")[0] != what or int(r.split(",")[1]) <= step]
 
 
-def restore(path, parts, generator):
-    """Put what training_loop saved into parts and generator; returns its step. ValueError if it
-    does not fit. Lifts out with: fitting, load_checkpoint.
-    """
-    state = load_checkpoint(path)
-    with fitting(path):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-    return state["step"]
-
-
-def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, generator,
+def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_norm, generator,
                   resume=False, settings=None, every=50, batch_size=1, minutes=math.inf,
                   without=(), **parts):
-    """Train net for `steps` or `minutes` by advance(step, watch) -> {name: scalar}, which does the
-    forward and backward pass `with watch`; returns the averaged net.
+    """Train net for `steps` or `minutes`: batch = draw(), learn(step, batch) -> {name: scalar}, the
+    forward and backward pass, then a step of Adam; returns the averaged net.
 
     `path` gets all parts {name: object with state_dict}, step, settings and the generator's state,
     each minute and at the end. Each `every` steps the scalars are read, for reading waits for a
     GPU, and logged with report(means, averaged net) -> (more numbers, text). ValueError at once
     when one is not finite (`path` keeps the last good state), KeyboardInterrupt, after saving, on
-    Ctrl-C. Lifts out with: EMA, Interrupt, Progress, Stopwatch, fitting, kept_rows, learning_rate,
-    load_checkpoint, rank_and_world, read_means, restore, save_checkpoint, write_file.
+    Ctrl-C. Lifts out with: the whole program.
     """
     path, (rank, world), clock = pathlib.Path(path), rank_and_world(), time.monotonic
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True)
     ema = EMA(net, decay=0.0 if "ema" in without else 0.999)
     parts |= {"net": net, "optimiser": optimiser, "ema": ema}
-    start = restore(path, parts, generator) if resume and path.exists() else 0
-    device, log = next(net.parameters()).device, path.parent / "log.csv"
-    rows, unread, progress = kept_rows(log, what, start), [], Progress(what, steps, "steps", start)
+    start, rows = saved_state(path, what, parts, generator, resume)
+    device, progress = next(net.parameters()).device, Progress(what, steps, "steps", start)
     # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
     gradient = torch.zeros((), pin_memory=device.type == "cuda")
     began = saved = looked = clock()
-    watch = Stopwatch(device)
-    with Interrupt() as stop:
-        for step in range(start, steps):
-            rate = lr if "schedule" in without else learning_rate(step, lr)
+    unread, watch = [], Stopwatch(device)
+    with postponed_interrupt() as interrupt:
+        for done in range(start + 1, steps + 1):
+            rate = lr if "schedule" in without else learning_rate(done - 1, lr)
             optimiser.param_groups[0]["lr"] = rate
             optimiser.zero_grad()
-            seen, done = advance(step, watch), step + 1
+            batch = draw()
+            with watch:
+                seen = learn(done - 1, batch)
             seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
             gradient.copy_(seen["gradient"], non_blocking=True)
             optimiser.step()
             ema.update(net)
             unread.append({name: value.detach() for name, value in seen.items()})
-            halt = torch.tensor([stop.asked, clock() - began > 60 * minutes]).float()    # 60 s
+            halt = torch.tensor([bool(interrupt), clock() - began > 60 * minutes]).float()    # 60 s
             if world > 1:
                 torch.distributed.all_reduce(halt)      # all ranks stop together; no GPU is asked
             asked, last = bool(halt[0]), done == steps or bool(halt[1])
@@ -1973,7 +1982,7 @@ def training_loop(what, net, advance, report, path, steps, lr, betas, max_norm, 
                 progress.total = done if last else steps
                 progress(done, f"{speed:,.0f} sounds/s, {share:.0%} forward and backward; {text}")
             if rank == 0 and (last or asked or clock() - saved > 60):                # 60 seconds
-                write_file(log, "".join(rows).encode())     # first: too much of it is known as such
+                write_file(path.parent / "log.csv", "".join(rows).encode())    # first: saved_state
                 save_checkpoint(path, step=done, complete=last, settings=settings,
                                 generator=generator.get_state(), **{
                                     name: part.state_dict() for name, part in parts.items()})
@@ -1999,10 +2008,8 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
     judge_optimiser = torch.optim.AdamW(judge.parameters(), lr, betas=betas, fused=True)
     balancer = LossBalancer({"l1": 1, "l2": 1, "stft": 4, "adversarial": 1, "features": 2})   # 004
 
-    def advance(step, watch):
-        audio = recordings.crops(batch_size, crop, generator).to(device)                 # [B, T]
-        with watch:
-            return learn(step, audio)
+    def draw():
+        return recordings.crops(batch_size, crop, generator).to(device)                  # [B, T]
 
     def learn(step, audio):
         mean, log_variance = codec.posterior(audio)                                 # [B, C, L] each
@@ -2030,7 +2037,7 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
                     f"{means['active']:.0f} of {codec.channels} channels active")
 
     # Gradients have norms of 5 to 20, and spikes of 1,000: those are cut to 10.
-    average = training_loop("codec", codec, advance, report, path, steps, lr, betas, 10.0,
+    average = training_loop("codec", codec, draw, learn, report, path, steps, lr, betas, 10.0,
                             generator, batch_size=batch_size, judge=judge, balancer=balancer,
                             judge_optimiser=judge_optimiser, **how)
     codec.load_state_dict(average.state_dict())
@@ -2108,19 +2115,21 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=96, lr
     zero, gaussian = reference_losses(objective, held, held_noise, held_t)
     cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
-    def advance(_, watch):
+    def draw():
         x, labels, curves = data.batch(batch_size, generator)                            # [B, C, L]
-        labels, curves = drop_conditions(labels, curves, generator)
+        cond = conditions(condition, *drop_conditions(labels, curves, generator))
         t = objective.sample_times(batch_size, generator).to(x)                          # [B]
         noise, mine = standard_normal(x.shape, generator, device), slice(rank, None, world)
-        cond = {k: v[mine] for k, v in conditions(condition, labels, curves).items()}
-        with watch:
-            with cast:
-                loss = objective.loss_at(model, x[mine], noise[mine], t[mine], **cond)
-            loss.backward()
+        return x[mine], noise[mine], t[mine], {k: v[mine] for k, v in cond.items()}
+
+    def learn(_, batch):
+        x, noise, t, cond = batch
+        with cast:
+            loss = objective.loss_at(model, x, noise, t, **cond)
+        loss.backward()
         loss = loss.detach() / world
         if world > 1:
-            torch.distributed.all_reduce(loss)
+            torch.distributed.all_reduce(loss)                     # the sum over the ranks
         return {"loss": loss}
 
     def report(means, average):
@@ -2131,7 +2140,7 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=96, lr
             f"(zero network {zero:.3f}, ideal Gaussian {gaussian:.3f})")
 
     # With gradients of norm 1 at most, a rare bad batch costs one step only.
-    return training_loop("diffusion", net, advance, report, path, steps, lr, (0.9, 0.99), 1.0,
+    return training_loop("diffusion", net, draw, learn, report, path, steps, lr, (0.9, 0.99), 1.0,
                          generator, batch_size=batch_size, **how)
 
 
@@ -2141,9 +2150,9 @@ def take_out(net, without):
     without: any of "attention", "norm", "residuals" (no sums around blocks), "time" (t and labels
     reach the middle block alone). Lifts out with: FrameNorm, ResidualBlock, SelfAttention.
     """
-    same = {"attention": SelfAttention, "norm": FrameNorm}
     for part in net.modules():
-        if isinstance(part, tuple(kind for name, kind in same.items() if name in without)):
+        if (isinstance(part, SelfAttention) and "attention" in without
+                or isinstance(part, FrameNorm) and "norm" in without):
             part.forward = lambda x: x
         if isinstance(part, ResidualBlock) and "residuals" in without:
             part.skip.forward = lambda x: 0.0
@@ -2155,8 +2164,7 @@ def take_out(net, without):
 
 def build_net(s):
     """The network that a run's settings describe, with random weights. ValueError: there is nothing
-    to leave out of the tutorial's. Lifts out with: FrameNorm, ResidualBlock, SelfAttention,
-    TutorialUNet, UNet1d, take_out, time_embedding.
+    to leave out of the tutorial's. Lifts out with: the whole program.
     """
     if s["net"] == "tutorial":
         if has_not := set(s["without"]) - {"ema", "schedule"}:
@@ -2170,9 +2178,7 @@ def build_net(s):
 
 def open_codec(path, settings, device):
     """The finished codec of a run; ValueError when it is missing, unfinished, or another run's.
-
-    Lifts out with: EMA, Music2Latent, Recurrent, ResidualUnit, Snake, SnakeFunction, SnakeVAE,
-    fitting, load_checkpoint.
+    Lifts out with: the whole program.
     """
     if settings["codec"] == "music2latent":
         return Music2Latent(settings["seed"], device)
