@@ -1703,22 +1703,24 @@ class LatentDataset:
 
     folder: what encode_recordings wrote. train [n] are the recordings to draw from; valid and start
     [N] say in which recording, and at which frame, each held-out window begins. mean, std [C] are
-    of the training part, and so is touch: [0.9 quantile of the envelope in voiced frames, its
-    median ratio from one to the next], what midi_curves asks for, or None without curves. The
-    frames live on `device`; with `disk` in the file, of which the system keeps as much in memory as
-    there is room for. Lifts out with: nothing.
+    of the training part. So is touch, how the notes of these recordings are played, for midi_curves
+    to play others like them: [0.9 quantile of the envelope in voiced frames, its median ratio from
+    one frame to the next], or None without curves. The frames live on `device`; with `disk` in the
+    file, of which the system keeps as much in memory as there is room for.
+    Lifts out with: nothing.
     """
 
     def __init__(self, folder, frames, channels, device="cpu", disk=False):
         index = json.loads(pathlib.Path(folder, "index.json").read_text())
-        # c: a map that would take changes, and forget them. torch wants one, and none are made.
+        # A map: the file is read where it is looked at. "c" would let us change it in memory, which
+        # torch insists on and nobody does.
         flat = np.memmap(pathlib.Path(folder, "frames.bin"), np.float32, "c")
         flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
         _, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
         trained, total, squares = np.repeat(~held.numpy(), lengths.numpy()), 0.0, 0.0
-        # A hundred thousand frames at a time.
+        # A hundred thousand frames at a time, for a file that memory cannot hold.
         pieces = [slice(at, at + 100_000) for at in range(0, len(flat), 100_000)]
         for piece in pieces:
             rows = np.asarray(flat[piece][trained[piece], :channels], np.float64)
@@ -1728,8 +1730,9 @@ class LatentDataset:
         # A channel that the codec hardly uses stays small instead of being blown up to size 1.
         self.mean, self.std = mean.float().to(device), std.float().clamp_min(1e-2).to(device)
         # Held-out recordings are cut from their beginning into as many windows as they have.
-        valid, start = torch.tensor([(i, at) for i in held.nonzero()[:, 0].tolist() for at in range(
-            0, int(lengths[i]) - frames + 1, frames)], dtype=torch.long).reshape(-1, 2).T
+        windows = [(i, at) for i in held.nonzero()[:, 0].tolist()
+                   for at in range(0, int(lengths[i]) - frames + 1, frames)]
+        valid, start = torch.tensor(windows, dtype=torch.long).reshape(-1, 2).T
         self.labels, self.first, self.room, self.train, self.valid, self.start = (
             x.to(device) for x in (torch.tensor(labels), lengths.cumsum(0) - lengths,
                                    lengths - frames, (~held).nonzero()[:, 0], valid, start))
@@ -1791,8 +1794,9 @@ class LatentDataset:
 # nearly all. The mean of the ranks' gradients is then that of the whole batch, whatever N is, and
 # rank 0, which alone writes, saves a generator's state that resumes the run on any number of GPUs.
 #
-# Try: `python minidiff.py train --run runs/bare --without ema`, which takes the last weights, and
-# compare its held-out loss and its notes with those of runs/plucks, in the README's first table.
+# Try: `python minidiff.py train --run runs/bare --without ema`, which takes the last weights; copy
+# codec.pt from runs/plucks into runs/bare first, and the codec is not trained again. Compare the
+# held-out loss, and the notes, with those of runs/plucks.
 FORMAT = 1
 # EDM's own levels, e^N(-1.2, 1.2^2), are for images of deviation 0.5. Ours is 1; e^N(0, 1) are the
 # sigma/alpha at which rectified flow trains, t/(1 - t) of its logit-normal times.
@@ -1951,7 +1955,7 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
     parts |= {"net": net, "optimiser": optimiser, "ema": ema}
     start, rows = saved_state(path, what, parts, generator, resume)
     device, progress = next(net.parameters()).device, Progress(what, steps, "steps", start)
-    # A copy that nobody waits for: on a GPU it may come some steps late, on a CPU it is there.
+    # Is it finite? To ask a GPU is to wait for it: it copies the norm to here, some steps late.
     gradient = torch.zeros((), pin_memory=device.type == "cuda")
     began = saved = looked = clock()
     unread, watch = [], Stopwatch(device)
@@ -1983,9 +1987,9 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
                 progress(done, f"{speed:,.0f} sounds/s, {share:.0%} forward and backward; {text}")
             if rank == 0 and (last or asked or clock() - saved > 60):                # 60 seconds
                 write_file(path.parent / "log.csv", "".join(rows).encode())    # first: saved_state
+                states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(path, step=done, complete=last, settings=settings,
-                                generator=generator.get_state(), **{
-                                    name: part.state_dict() for name, part in parts.items()})
+                                generator=generator.get_state(), **states)
                 saved = clock()
             if asked:
                 raise KeyboardInterrupt(f"{what}: {done:,} steps are saved; go on with --resume")
@@ -1999,8 +2003,9 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
                 crop=8192, kl_weight=1e-3, adversarial_from=None, **how):
     """Train a SnakeVAE on random windows of `crop` samples; its averaged weights end in `codec`.
 
-    L1, L2, STFT and, from step `adversarial_from` on (None: never), the discriminator's two losses
-    go through the balancer, the KL beside it (seeds/004). The log shows each loss and its share.
+    L1, L2, STFT and, from step `adversarial_from` on (None: never), the two losses that come from
+    the discriminator, the `judge`, go through the balancer, the KL beside it (seeds/004). The log
+    shows each loss and its share of the gradient.
     how: resume, settings, minutes of training_loop. Lifts out with: the whole program.
     """
     generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
@@ -2151,8 +2156,9 @@ def take_out(net, without):
     reach the middle block alone). Lifts out with: FrameNorm, ResidualBlock, SelfAttention.
     """
     for part in net.modules():
-        if (isinstance(part, SelfAttention) and "attention" in without
-                or isinstance(part, FrameNorm) and "norm" in without):
+        if isinstance(part, SelfAttention) and "attention" in without:
+            part.forward = lambda x: x
+        if isinstance(part, FrameNorm) and "norm" in without:
             part.forward = lambda x: x
         if isinstance(part, ResidualBlock) and "residuals" in without:
             part.skip.forward = lambda x: 0.0
