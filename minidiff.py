@@ -2107,35 +2107,25 @@ def open_codec(path, settings, device):
 # --------------------------------------------------------------------------------------------------
 # 10. Listening and measuring: is it any good?
 # --------------------------------------------------------------------------------------------------
-# Three questions, and beside each figure the one that nothing can beat:
+# First listen: a page shows each sound beside what was asked for. Then three questions, and beside
+# each answer what to hold it against, a ceiling that nothing beats or a floor that nothing passes:
 #
-#     Is it what was asked?   share of notes within 50 cents of the pitch; the ceilings are the real
-#                             notes, and the real notes through the codec
-#     Is it like the data?    Frechet distance between latents of generated and of held-out notes;
-#                             the floor is the distance between two halves of the real ones
-#     Is it new?              distance to the nearest training note, over that of held-out notes:
-#                             far below 1 would be memory and not music
+#     Is it what was asked?   Share of notes within 50 cents of their pitch. Ceilings: real notes
+#                             (does the tracker hear right?), and real notes through the codec,
+#                             since what the codec spoils no latent can mend.
+#     Is it like the data?    Frechet distance between latents of generated notes and of half of the
+#                             held-out ones. Floor: that of the other half. It is above 0 though
+#                             both are real, for means and covariances of N notes are estimates.
+#     Is it new?              Distance to the nearest training note, over that of held-out notes:
+#                             about 1 is as new as those are, far below 1 is memory and not music.
 #
-# The Frechet distance fits a Gaussian to each set. Moving one onto the other costs |m1 - m2|^2 for
-# the means, and in each direction (s1 - s2)^2 = s1^2 + s2^2 - 2 s1 s2 for the spreads; for matrices
-# that do not share their axes, s1 s2 becomes (C1^1/2 C2 C1^1/2)^1/2.
-
-
-def frechet_distance(a, b):
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of a [N, D], b [M, D] ([16] eq. 6).
-
-    A float, from float64 and eigenvalues of symmetric matrices: never negative. It falls with N, so
-    compare at equal N. Raises ValueError below two rows. Lifts out with: nothing.
-    """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
-    a, b = a.double().cpu(), b.double().cpu()
-    c1, c2 = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))          # [D, D]
-    values, vectors = torch.linalg.eigh(c1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # rounding may leave -1e-17
-    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
+# And what does it cost? Sampling is timed twice, the second time with a network that costs nothing.
+# network_share is the part of the time that is then gone: near 1, only a smaller network or fewer
+# evaluations can make it faster. real_time_factor is seconds of sound over seconds of work, codec
+# included, when `count` sounds are made at once: above 1, they come faster than they play.
+#
+# Try `evaluate --run runs/plucks --steps 4`, a quarter of the work: which figures get worse, which
+# better, and do your ears agree? At w = 2 README.md has both in its table of evaluations.
 
 
 def schedule(objective, grid, steps, start=None, sigma_min=0.002, sigma_max=80.0, rho=None):
@@ -2232,7 +2222,7 @@ class Run:
     def generate(self, net, shape, sampler, steps, seed, **how):
         """`generate`'s latents [B, C, L], and the way of the first: a list of (t, x [C, L])."""
         progress, path = Progress("sampling", steps, "steps"), []
-        look = lambda i, t, x: path.append((t, x[0])) or progress(i)
+        look = lambda i, t, x: path.append((t, x[0].clone())) or progress(i)
         x = generate(net, self.objective, shape, sampler, steps, seed, callback=look,
                      device=self.device, **how)
         look(steps, 0.0, x)
@@ -2245,6 +2235,161 @@ class Run:
     def sampler(self, name=None, steps=None):
         name = name or ("heun" if self.settings["objective"] == "edm" else "euler")
         return name, steps or (9 if name == "heun" else 16)        # 2 * 9 - 1 evaluations, or 16
+
+
+def png(grey):
+    """Shades [rows, columns], 0 black, 1 white: data URI of a PNG. Lifts out with: nothing."""
+    head = struct.pack(">IIBBBBB", *grey.T.shape, 8, 0, 0, 0, 0)               # 8 bits, grey
+    rows = F.pad((grey.clamp(0, 1) * 255).byte(), (1, 0)).cpu().numpy()        # a 0 opens each row
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
+    data = b"".join(struct.pack(">I", len(body)) + kind + body
+                    + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
+
+
+def portrait(audio, rate, top=3000, columns=320, rows=65):
+    """Shades [., L] of audio [T]: its spectrogram up to `top` Hz; below, its waveform's outline.
+    Black is loudest, white 80 dB less. Lifts out with: envelope.
+    """
+    # A window of 1/16 s parts a low string's harmonics.
+    size, hop = 2 ** round(math.log2(rate / 16)), -(-len(audio) // columns)
+    peaks = envelope(audio[None], hop)                                         # [1, L]
+    S = torch.stft(audio, size, hop, window=torch.hann_window(size), pad_mode="constant",
+                   return_complex=True).abs()[1:top * size // rate + 1, :peaks.shape[1]].flip(0)
+    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
+    return torch.cat([decibels / -80, torch.linspace(1, -1, rows)[:, None].abs() > peaks])    # 80
+
+
+def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=160, apart=16):
+    """An SVG figure of lines {name: [(x, y)]}, y from 0 or, if log, from the least on a log axis.
+    Dashes, and the names at their ends, tell them apart. What has no place (NaN, infinity, 0 if
+    log) is left out; "" if nothing is left. Text is escaped. Lifts out with: nothing.
+    """
+    place, value = (math.log, math.exp) if log else (float, float)
+    able = lambda y: 0 < y < math.inf or y == 0 and not log                    # NaN is neither
+    lines = {name: kept for name, line in lines.items()
+             if (kept := [(x, place(y)) for x, y in line if able(y)])}
+    if not lines:
+        return ""
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys) if log else 0, max(ys)
+    X = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0 or 1), 1)
+    Y = lambda y: round(bottom + (top - bottom) * (y - y0) / (y1 - y0 or 1), 1)
+    write = lambda x, y, text: f'<text x="{x}" y="{y}">{html.escape(text)}</text>'
+    marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
+    for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
+        marks += [write(0, Y(y), f"{value(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
+                  write(X(x), bottom + apart, f"{x:.4g}")]
+    dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
+    for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
+        below = max(Y(line[-1][1]), below + apart)                         # names never meet
+        said.append(f"{name} {value(line[-1][1]):.3g}")
+        points = " ".join(f"{X(x)},{Y(y)}" for x, y in line)
+        marks += [f'<polyline points="{points}" stroke-dasharray="{next(dashes)}"/>',
+                  write(right + apart / 2, below, said[-1])]
+    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 200" role='
+            f'"img" aria-label="{html.escape("; ".join(said))}">{"".join(marks)}</svg></figure>')
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>body {{ font: 1rem/1.4 sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
+audio, img, svg {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 12rem }}
+svg {{ font-size: 13px; dominant-baseline: middle; stroke-width: 1.6 }} path {{ stroke: #ccc }}
+polyline {{ fill: none; stroke: #000 }} hr {{ grid-column: 1 / -1; width: 100% }}</style>
+<h1>{title}</h1><p>real: kept from training; codec: through the codec; generated: from noise.
+Time runs to the right; 0 to 3000 Hz upwards, dark is loud; below, the outline of the waveform.</p>
+<main>{figures}</main></html>
+"""
+
+
+def write_page(run, folder, fresh={}):
+    """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
+
+    `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
+    missing is left out. Lifts out with: the whole program.
+    """
+    figures = fresh | read_json(folder / "page.json") | fresh
+    write_json(folder / "page.json", figures)
+    path, log = figures.pop("path", ""), run.folder / "log.csv"
+    rows = [row.split(",") for row in log.read_text().splitlines()] if log.exists() else []
+
+    def losses(phase, *names):
+        lines = {name: [(int(step), float(value)) for kind, step, quantity, value in rows
+                        if (kind, quantity) == (phase, name)] for name in names}
+        return chart(f"{phase}: losses, log axis", "step of the training", lines, log=True)
+
+    (name, steps), measured = run.sampler(), read_json(run.folder / "evaluation.json")
+    t = run.objective.times(steps)
+    levels = {name: [*enumerate((run.objective.sigma(t) / run.objective.alpha(t)).tolist())]}
+    tuned = {float(w): share for w, share in measured.get("pitch_accuracy", {}).items()}
+    shares = {kind: [(w, measured[f"pitch_accuracy_{kind}"]) for w in tuned]
+              for kind in ("real", "codec")} | {"generated": [*tuned.items()]}
+    every = [*figures.values(), "<hr>", path,
+             losses("diffusion", "loss", "held out", "zero network", "ideal Gaussian"),
+             losses("codec", "l1", "stft", "kl"),
+             chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
+             chart("notes in tune", "guidance scale w", shares)]
+    page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
+    write_file(folder / "index.html", page.encode())
+
+
+def write_sounds(run, folder, sounds, path):
+    """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
+
+    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
+    """
+    fresh, rate = {}, run.codec.sample_rate
+    figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text, (pitch, velocity, source), audio in sounds:
+        file, title = folder / f"{name}.wav", html.escape(name)
+        peak = save_audio(str(file), audio, rate)
+        track = pitch_track(audio[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
+        heard = note_pitch(track).item()
+        said = [text, f"pitch {pitch}" * (pitch >= 0), f"velocity {velocity}" * (velocity >= 0),
+                "" if source < 0 else run.settings["sources"][source],
+                "no pitch heard" if math.isnan(heard) else f"heard {heard:.2f}",
+                f"{100 * (heard - pitch):+.0f} cents" * (pitch >= 0 and heard > 0),   # a semitone
+                f"peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)]
+        print(f"{file}:", said := "; ".join(filter(None, said)))
+        sound, picture = base64.b64encode(file.read_bytes()).decode(), png(portrait(audio, rate))
+        fresh[name] = "<hr>" * (not fresh) + figure(                # a row begins with each call
+            f"<b>{title}</b><br>{html.escape(said)}", f'<audio controls src="data:audio/wav;base64,'
+            f'{sound}"></audio><img src="{picture}" alt="spectrogram and waveform of {title}">')
+    path = [path[round(k * (len(path) - 1) / 5)] for k in range(6)]            # six, evenly
+    strips = [F.pad(x / x.std() / 6 + 0.5, (0, 0, 0, 2), value=1) for _, x in path]    # -3 to 3
+    said = "the first sound out of noise: latents at t = " + ", ".join(f"{t:.2g}" for t, _ in path)
+    fresh["path"] = figure(said, f'<img src="{png(torch.cat(strips))}" alt="{said}">')
+    write_page(run, folder, fresh)
+    print(f"listen to them at {folder / 'index.html'}")
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 R), R = (C1^1/2 C2 C1^1/2)^1/2, of a [N, D], b [M, D]: what
+    it costs to move the Gaussian fitted to a onto that of b ([16] eq. 6).
+
+    The cost is the least mean of |x - y|^2 over all pairings of x ~ N(m1, C1) with y ~ N(m2, C2).
+    The means cost |m1 - m2|^2; without them it is trace(C1 + C2) - 2 E[x.y]: how large is E[x.y]?
+    Take T symmetric and positive with T C1 T = C2. Since |T^1/2 x - T^-1/2 y|^2 is never negative,
+        2 E[x.y] <= E[x.T x] + E[y.T^-1 y] = trace(T C1) + trace(T^-1 C2) = 2 trace(T C1),
+    and y = T x makes it equal. T = C1^-1/2 R C1^-1/2 is such a matrix, with trace(T C1) = trace R.
+    In one dimension y = x s2/s1, and the cost is (m1 - m2)^2 + (s1 - s2)^2.
+
+    A float, from float64 and eigenvalues of symmetric matrices: never negative. It falls with N, so
+    compare at equal N. Raises ValueError below two rows. Lifts out with: nothing.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
+    a, b = a.double().cpu(), b.double().cpu()
+    c1, c2 = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))          # [D, D]
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # rounding may leave -1e-17
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
 
 
 FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
@@ -2289,7 +2434,7 @@ class Comparison:
     two pairs are held out. Lifts out with: the whole program.
     """
 
-    def __init__(self, run, count=185, seed=0):
+    def __init__(self, run, count, seed):
         s, self.run, self.seed = run.settings, run, seed
         self.data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device,
                                   disk=True)
@@ -2301,17 +2446,18 @@ class Comparison:
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
         self.A, (self.B, labels, self.curves) = (
             self.data.held_out(pick[0::2])[0], self.data.held_out(pick[1::2]))
-        self.cond = run.conditions(labels, self.curves)
-        self.pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
-        self.recorded = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
+        self.cond, self.pitch, self.real = run.conditions(labels, self.curves), None, None
+        if (labels[:, 0] >= 0).all():
+            self.pitch = labels[:, 0].cpu()
+            heard = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
+            self.real = np.mean(np.abs(heard - self.pitch.numpy()) < 0.5).item()
 
-    def draw(self, w, sampler, steps, net=None, cond=None, **how):
-        """Latents generated at guidance scale w, [N, C, L]."""
-        cond = self.cond if cond is None else cond
-        return generate(GuidedNet(net or self.run.net, w), self.run.objective, self.B.shape,
-                        sampler, steps, self.seed, device=self.run.device, **cond, **how)
+    def draw(self, w, sampler, steps, net=None, **how):
+        """Latents [N, C, L] at guidance scale w; how: for generate, the condition too."""
+        net = GuidedNet(net or self.run.net, w)
+        return self.run.generate(net, self.B.shape, sampler, steps, self.seed, **how)[0]
 
-    def row(self, title, key, latents, into, pitch=None, curves=None, audio=None):
+    def row(self, into, key, title, latents, pitch=None, curves=None, audio=None):
         """Print a line of figures for latents [N, C, L]; keep each as into[figure][key]."""
         codec, audio = self.run.codec, self.run.decode(latents) if audio is None else audio
         features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
@@ -2319,11 +2465,10 @@ class Comparison:
                    **measure(audio, codec.sample_rate, codec.hop, pitch, curves)}
         for figure, value in figures.items():
             into.setdefault(figure, {})[key] = value
-        tune, (far, level, centroid) = figures.get("pitch_accuracy"), [
-            figures[k] for k in ("frechet", "level_db", "centroid_hz")]
-        follows = [f" {k} {figures[k]:.3f}" for k in FOLLOWING if k in figures]
-        print(f"{title:26}{'-' if tune is None else f'{tune:.3f}':>9}{far:9.3f}{level:10.1f}"
-              f"{centroid:10.0f}", *follows)
+        tune = "-" if pitch is None else f"{figures['pitch_accuracy']:.3f}"
+        print(f"{title:26}{tune:>9}{figures['frechet']:9.3f}{figures['level_db']:10.1f}"
+              f"{figures['centroid_hz']:10.0f}",
+              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
 
 
 def evaluate_more(test, result):
@@ -2337,188 +2482,61 @@ def evaluate_more(test, result):
     for steps, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds):    # each twice the last
         steps, calls = (steps // 2, steps - 1) if name == "heun" else (steps, steps)
         title = f"{calls:2} {name}" + f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
-        x = test.draw(2.0, name, steps, eta=eta)
-        test.row(title, title, x, result["evaluations"], test.pitch if test.cond else None)
+        x = test.draw(2.0, name, steps, eta=eta, **test.cond)
+        test.row(result["evaluations"], title, title, x, test.pitch if test.cond else None)
     print("\nheld-out sounds, noised to sigma / alpha and denoised without a condition")
-    name, steps = test.run.sampler()
     for ratio in (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0):               # octaves of noise
         t = test.run.objective.time_at(torch.tensor(ratio)).item()
-        x = test.draw(1.0, name, steps, cond={}, init=test.B, init_noise=t)
-        title = f"{ratio:g}, --init-noise {t:.2f}"
-        test.row(title, f"{ratio:g}", x, result["from_sound"], test.pitch)
+        x = test.draw(1.0, *test.run.sampler(), init=test.B, init_noise=t)
+        test.row(result["from_sound"], f"{ratio:g}", f"{ratio:g}, --init-noise {t:.2f}", x,
+                 test.pitch)
 
 
 @torch.no_grad()
-def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0, 3.0), more=False):
-    """Measure a Run on `count` sounds; print a table, write evaluation.json, return it as a dict.
+def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
+    """Measure a Run on `count` sounds: print a table, write evaluation.json and the page.
 
-    Time, nfe and nearest_ratio are of the first scale; more: two more tables, see `evaluate_more`.
-    Lifts out with: the whole program.
+    Returns what it wrote, a dict. Time, nfe and nearest_ratio are of w = 1; more: two more tables,
+    see `evaluate_more`. Lifts out with: the whole program.
     """
     test, clock, (name, steps) = Comparison(run, count, seed), time.perf_counter, run.sampler(
         sampler, steps)
-    N, B, pitch, cond = test.N, test.B, test.pitch, test.cond
+    N, B, cond = test.N, test.B, test.cond
     result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
-              "pitch_accuracy_real": None}
+              "pitch_accuracy_real": test.real}
     print(f"{run.folder}: N = {N}, {name} with {steps} steps, seed {seed}\n"
           f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
-    if pitch is not None:
-        result["pitch_accuracy_real"] = np.mean(np.abs(test.recorded - pitch.numpy()) < 0.5).item()
-        print(f"{'real':26}{result['pitch_accuracy_real']:9.3f}")
-    test.row("real, codec (the floor)", "codec", B, result, pitch, test.curves)
+    if test.real is not None:
+        print(f"{'real':26}{test.real:9.3f}")
+    test.row(result, "codec", "real, codec (the floor)", B, test.pitch, test.curves)
     result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
     result["frechet_floor"] = result["frechet"].pop("codec")
     calls, free = [], lambda x, t, **_: calls.append(t) or x       # a network that costs nothing
+    run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
+    # .cpu() waits for a GPU: the clock is read when all is there.
+    began, x, drawn = clock(), test.draw(1.0, name, steps, **cond).cpu().to(run.device), clock()
+    audio, ended = run.decode(x), clock()
+    test.draw(1.0, name, steps, free, **cond).cpu()
+    each, free_took = (ended - began) / N, clock() - ended
     some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
     train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
-    run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
-    for w in scales if cond else scales[:1]:
-        # .cpu() waits for a GPU: the clock is read when all is there.
-        began, x, drawn = clock(), test.draw(w, name, steps).cpu().to(run.device), clock()
-        audio, ended = run.decode(x), clock()
-        if w == scales[0]:
-            test.draw(w, name, steps, free).cpu()
-            each, free_took = (ended - began) / N, clock() - ended
-            result |= {"nfe": len(calls), "seconds_per_item": each,
-                       "network_share": 1 - free_took / (drawn - began),
-                       "real_time_factor": run.settings["seconds"] / each,
-                       "nearest_ratio": near(x) / near(B)}
-        test.row(f"generated, w = {w:g}", f"{w:g}", x, result, pitch if cond else None,
-                 test.curves, audio)
+    result |= {"nfe": len(calls), "seconds_per_item": each,
+               "network_share": 1 - free_took / (drawn - began),
+               "real_time_factor": run.settings["seconds"] / each,
+               "nearest_ratio": near(x) / near(B)}
+    asked = (test.pitch, test.curves) if cond else (None, None)
+    test.row(result, "1", "generated, w = 1", x, *asked, audio)
+    for w in ("2", "3") if cond else ():
+        test.row(result, w, f"generated, w = {w}", test.draw(float(w), name, steps, **cond), *asked)
     print("nearest training sound: {nearest_ratio:.2f} of a held-out one's distance; {nfe} calls, "
           "{seconds_per_item:.3f} s a sound ({real_time_factor:.0f} times real time), "
           "{network_share:.1%} in the network".format(**result))
     if more:
         evaluate_more(test, result)
     write_json(run.folder / "evaluation.json", result)
+    write_page(run, run.folder / "samples")
     return result
-
-
-def png(grey):
-    """Shades [rows, columns], 0 black, 1 white: data URI of a PNG. Lifts out with: nothing."""
-    head = struct.pack(">IIBBBBB", *grey.T.shape, 8, 0, 0, 0, 0)               # 8 bits, grey
-    rows = F.pad((grey.clamp(0, 1) * 255).byte(), (1, 0)).cpu().numpy()        # a 0 opens each row
-    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
-    data = b"".join(struct.pack(">I", len(body)) + kind + body
-                    + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
-
-
-def portrait(audio, rate, top=3000, columns=320, rows=65):
-    """Shades [., L] of audio [T]: its spectrogram up to `top` Hz; below, its waveform's outline.
-
-    Black is loudest, white 80 dB less; a window of 1/16 s parts a low string's harmonics.
-    Lifts out with: envelope.
-    """
-    size, hop = 2 ** round(math.log2(rate / 16)), -(-len(audio) // columns)    # 16: see above
-    peaks = envelope(audio[None], hop)                                         # [1, L]
-    S = torch.stft(audio, size, hop, window=torch.hann_window(size), pad_mode="constant",
-                   return_complex=True).abs()[1:top * size // rate + 1, :peaks.shape[1]].flip(0)
-    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
-    return torch.cat([decibels / -80, torch.linspace(1, -1, rows)[:, None].abs() > peaks])    # 80
-
-
-def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=160, apart=16):
-    """An SVG figure of lines {name: [(x, y)]}; their dashes, and names at their ends, part them.
-
-    log: the y axis is. What it cannot show (NaN, infinity, 0 if log) is left out, as are lines
-    without a point; "" if nothing is left. Text is escaped. Lifts out with: nothing.
-    """
-    lift, drop, least = (math.log, math.exp, 0) if log else (float, float, -math.inf)
-    lines = {name: kept for name, line in lines.items()
-             if (kept := [(x, lift(y)) for x, y in line if least < y < math.inf])}    # NaN is not
-    if not lines:
-        return ""
-    xs, ys = zip(*itertools.chain(*lines.values()))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys if log else (0, *ys)), max(ys)
-    X = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0 or 1), 1)
-    Y = lambda y: round(bottom + (top - bottom) * (y - y0) / (y1 - y0 or 1), 1)
-    write = lambda x, y, text: f'<text x="{x}" y="{y}">{html.escape(text)}</text>'
-    marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
-    for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
-        marks += [write(0, Y(y), f"{drop(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
-                  write(X(x), bottom + apart, f"{x:.4g}")]
-    dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
-    for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
-        below = max(Y(line[-1][1]), below + apart)                         # names never meet
-        said.append(f"{name} {drop(line[-1][1]):.3g}")
-        points = " ".join(f"{X(x)},{Y(y)}" for x, y in line)
-        marks += [f'<polyline points="{points}" stroke-dasharray="{next(dashes)}"/>',
-                  write(right + apart / 2, below, said[-1])]
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 200" role='
-            f'"img" aria-label="{html.escape("; ".join(said))}">{"".join(marks)}</svg></figure>')
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>body {{ font: 1rem/1.4 sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
-audio, img, svg {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 12rem }}
-svg {{ font-size: 13px; dominant-baseline: middle; stroke-width: 1.6 }} path {{ stroke: #ccc }}
-polyline {{ fill: none; stroke: #000 }} hr {{ grid-column: 1 / -1; width: 100% }}</style>
-<h1>{title}</h1><p>real: kept from training; codec: through the codec; generated: from noise.
-Time runs to the right; 0 to 3000 Hz upwards, dark is loud; below, the outline of the waveform.</p>
-<main>{figures}</main></html>
-"""
-
-
-def write_page(run, folder, fresh={}):
-    """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
-
-    `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
-    missing is left out. Lifts out with: chart, read_json, write_file, write_json.
-    """
-    figures = fresh | read_json(folder / "page.json") | fresh
-    write_json(folder / "page.json", figures)
-    log, measured = run.folder / "log.csv", read_json(run.folder / "evaluation.json")
-    rows = [row.split(",") for row in log.read_text().splitlines()[1:]] if log.exists() else []
-    losses = [chart(f"{phase}: losses, log axis", "step of the training", {
-        name: [(int(step), float(value)) for _, step, what, value in rows if what == name]
-        for name in names.split(", ")}, log=True) for phase, names in (
-        ("diffusion", "loss, held out, zero network, ideal Gaussian"), ("codec", "l1, stft, kl"))]
-    (name, steps), tune = run.sampler(), measured.get("pitch_accuracy", {})
-    t, path = run.objective.times(steps), figures.pop("path", "")
-    levels = {name: [*enumerate((run.objective.sigma(t) / run.objective.alpha(t)).tolist())]}
-    shares = {kind: [(float(w), measured[f"pitch_accuracy_{kind}"]) for w in tune]
-              for kind in ("real", "codec")} | {"generated": [(float(w), tune[w]) for w in tune]}
-    every = [*figures.values(), "<hr>", path, *losses,
-             chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
-             chart("notes in tune", "guidance scale w", shares)]
-    page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
-    write_file(folder / "index.html", page.encode())
-
-
-def write_sounds(run, folder, sounds, path):
-    """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
-
-    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
-    """
-    fresh, rate = {}, run.codec.sample_rate
-    figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text, label, audio in sounds:
-        file, title = folder / f"{name}.wav", html.escape(name)
-        peak = save_audio(str(file), audio, rate)
-        track = pitch_track(audio[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
-        found, (pitch, velocity, source) = note_pitch(track).item(), label.tolist()
-        said = [text, f"pitch {pitch}" * (pitch >= 0), f"velocity {velocity}" * (velocity >= 0),
-                *run.settings["sources"][source:source + 1],
-                "no pitch heard" if math.isnan(found) else f"heard {found:.2f}",
-                f"{100 * (found - pitch):+.0f} cents" * (pitch >= 0 and found > 0),   # a semitone
-                f"peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)]
-        print(f"{file}:", said := "; ".join(filter(None, said)))
-        sound, picture = base64.b64encode(file.read_bytes()).decode(), png(portrait(audio, rate))
-        fresh[name] = "<hr>" * (not fresh) + figure(
-            f"<b>{title}</b><br>{html.escape(said)}", f'<audio controls src="data:audio/wav;base64,'
-            f'{sound}"></audio><img src="{picture}" alt="spectrogram and waveform of {title}">')
-    path = [path[round(k * (len(path) - 1) / 5)] for k in range(6)]            # six, evenly
-    strips = [F.pad(x / x.std() / 6 + 0.5, (0, 0, 0, 2), value=1) for _, x in path]    # -3 to 3
-    said = "the first sound out of noise: latents at t = " + ", ".join(f"{t:.2g}" for t, _ in path)
-    fresh["path"] = figure(said, f'<img src="{png(torch.cat(strips))}" alt="{said}">')
-    write_page(run, folder, fresh)
-    print(f"listen to them at {folder / 'index.html'}")
 
 
 # --------------------------------------------------------------------------------------------------
