@@ -2544,8 +2544,16 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
 # --------------------------------------------------------------------------------------------------
 # Each option stands here once, under its heading: its name, who takes it (Codec, Train, Sample,
 # Evaluate), its default ("-" if that depends), its values, what it is. 0..127 are whole numbers,
-# 0.0..1.0 any between, and x2 says that two are wanted, + that there may be more. A run's settings
-# travel in its checkpoints, so `sample` and `evaluate` need no option to match the training.
+# 0.0..1.0 any between; x2 says that two are wanted, + that there may be more; what begins with
+# blanks goes on from the line above. `parse` tells argparse all of it. The rest of the chapter is
+# what the commands do with it: each puts pieces of the chapters before together.
+#
+# A run's settings travel in its checkpoints, so `sample` and `evaluate` need no option to match the
+# training, and `train --resume` needs none again; one that contradicts them is an error.
+#
+# Try `sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then `--cfg 1 --out w1` and
+# `--cfg 8 --out w8`. Sound i starts from the same noise in all three: what of it comes from the
+# noise, what from the pitch, and what does too much guidance do?
 COMMANDS = {
     "codec": ("train the Snake VAE alone", "--data my_folder --codec-steps 5000"),
     "train": ("train a codec where there is none, and a diffusion model", "--data my_folder"),
@@ -2606,27 +2614,30 @@ sampling
 """
 
 
+BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
+
+
 def option_kind(word):
     """What argparse wants to know of a word in the fourth column. Lifts out with: nothing."""
+    if word == "FLAG":
+        return {"action": "store_true"}
+    nargs = "+" if word.endswith("+") else 2 if word.endswith("x2") else None
+    word = word.removesuffix("+").removesuffix("x2")
+    if "|" in word:
+        return {"choices": word.split("|"), "nargs": nargs}
     if ".." not in word:
-        kinds = {"TEXT": {}, "PATH": {"type": pathlib.Path}, "FLAG": {"action": "store_true"}}
-        several = {"nargs": "+"} if word.endswith("+") else {}
-        choices = {"choices": word.rstrip("+").split("|"), **several}
-        return kinds.get(word) or (choices if "|" in word else {})
-    span, several, _ = re.split(r"(\+|x2|$)", word, maxsplit=1)
-    low, high = span.split("..")
+        return {"type": {"TEXT": str, "PATH": pathlib.Path}[word], "nargs": nargs}
+    low, high = word.split("..")
     kind = float if re.search("[.e]", low) else int
 
     def number(text):
-        try:
+        with contextlib.suppress(ValueError):
             # No limit is 2^62: all that a seed can take, and less than infinity; NaN fails too.
             if kind(low) <= (value := kind(text)) <= kind(high or 2 ** 62):
                 return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected {span} ({kind.__name__}), got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {word} ({kind.__name__}), got {text!r}")
 
-    return {"type": number, "metavar": span, "nargs": {"+": "+", "x2": 2}.get(several)}
+    return {"type": number, "metavar": word, "nargs": nargs}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2641,26 +2652,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(options, names of those given); exits with status 2 on a mistake.
-
-    Lifts out with: Parser, option_kind.
+    """(options, names of those given); exits with 2 on a mistake. Lifts out with: Parser,
+    option_kind.
     """
     top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
     commands = top.add_subparsers(dest="command", required=True)
-    subs = [commands.add_parser(name, help=h, description=h,
+    subs = [commands.add_parser(name, help=what, description=what,
                                 epilog=f"example: python minidiff.py {name} {example}")
-            for name, (h, example) in COMMANDS.items()]
-    for row in re.findall("^\\w.*|^--.*(?:\n +.*)*", OPTIONS, re.M):
-        if row[0] != "-":
+            for name, (what, example) in COMMANDS.items()]
+    for row in re.sub("\n +", " ", OPTIONS).strip().splitlines():
+        if not row.startswith("--"):
             groups = [sub.add_argument_group(row) for sub in subs]
             continue
         name, users, default, word, text = row.split(maxsplit=4)
-        kind = option_kind(word)
-        defaults[name[2:].replace("-", "_")] = (
-            None if default == "-" else kind.get("type", str)(default))
-        text += "" if default == "-" else f" (default {default})"
+        kind, fixed = option_kind(word), default != "-"
+        key = name[2:].replace("-", "_")
+        defaults[key] = kind.get("type", str)(default) if fixed else None
+        text += f" (default {default})" * fixed
         for group, command in zip(groups, COMMANDS):
             if command[0] in users:
+                # SUPPRESS: what was not given does not appear, so that we know what was.
                 group.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(top.parse_args(argv))
     return argparse.Namespace(**defaults | given), set(given)
@@ -2680,61 +2691,61 @@ def pick_device(name):
 
 
 def run_settings(options, given):
-    """The settings of a run: those in its checkpoints if it has any, else the options.
-
-    Raises ValueError when a run would be overwritten, or an option contradicts it.
-    Lifts out with: fitting, load_checkpoint.
+    """The settings of a run: those in its checkpoints if it has any, else the options. ValueError
+    if a run would be overwritten, or an option contradicts it. Lifts out with: the whole program.
     """
     kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed",
                        "without")
-    for file in ("codec.pt", "model.pt"):
-        path = options.run / file
-        state = load_checkpoint(path) if path.exists() else {"settings": {}, "complete": True}
+    for path in options.run / "codec.pt", options.run / "model.pt":
+        if not path.exists():
+            continue
+        state = load_checkpoint(path)
         with fitting(path):
             kept |= state["settings"]
-            reusable = file == "codec.pt" and options.command == "train" and state["complete"]
-        if path.exists() and not options.resume and not reusable:
-            raise ValueError(f"{options.run} holds a run already ({file}, step {state['step']:,}): "
-                             "go on with --resume, choose another --run, or delete it")
-    for name in sorted(given & set(names) & set(kept)):
+            finished = path.name == "codec.pt" and state["complete"]
+        if not (options.resume or finished and options.command == "train"):
+            raise ValueError(f"{options.run} holds a run already ({path.name}, step "
+                             f"{state['step']:,}): go on with --resume, choose another --run, or "
+                             "delete it")
+    for name in sorted(given & {*names} & {*kept}):
         if getattr(options, name) not in (kept[name], "auto"):
             raise ValueError(f"{options.run} was made with --{name} {kept[name]}, got "
                              f"{getattr(options, name)}: leave it out, or choose another --run")
     fresh = {name: getattr(options, name) for name in names}
     fresh["without"] = fresh["without"] or []
     if fresh["codec"] == "auto":
-        fresh["codec"] = "vae" if fresh["data"] in ("plucks", "melodies") else "music2latent"
+        fresh["codec"] = "vae" if fresh["data"] in BUILT_IN else "music2latent"
     return fresh | kept
 
 
 def open_data(settings, run):
     """The sounds of a run; says which files are unusable. Lifts out with: the whole program."""
-    music2latent = settings["codec"] == "music2latent"
-    rate = Music2Latent.sample_rate if music2latent else settings.get("sample_rate")
-    given = {k: v for k, v in (("seconds", settings["seconds"]), ("sample_rate", rate)) if v}
-    if settings["data"] in ("plucks", "melodies"):
-        source = {"plucks": Plucks, "melodies": Melodies}[settings["data"]]
-        return source(seed=settings["seed"], **given)
+    rate = settings.get("sample_rate")
+    if settings["codec"] == "music2latent":
+        rate = Music2Latent.sample_rate
+    wanted = {"seed": settings["seed"], "seconds": settings["seconds"], "sample_rate": rate}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if settings["data"] in BUILT_IN:
+        return BUILT_IN[settings["data"]](**wanted)
     root = download_nsynth() if settings["data"] == "nsynth" else settings["data"]
-    recordings = AudioFolder(root, seed=settings["seed"], known=run / "files.json", **given)
+    recordings = AudioFolder(root, known=run / "files.json", **wanted)
     for name, reason in recordings.unusable.items():
         print(f"unusable: {name!r} {reason}", file=sys.stderr)
-    used, unusable = len(recordings), len(recordings.unusable)
-    print(f"{used} recordings used, {unusable} unusable", file=sys.stderr)
+    print(f"{len(recordings)} recordings used, {len(recordings.unusable)} unusable",
+          file=sys.stderr)
     return recordings
 
 
 def choose_condition(settings, recordings):
     """The condition asked for; for auto, the richest there is. ValueError if it cannot be had.
-
     Lifts out with: nothing.
     """
     asked, tutorial = settings["condition"], settings["net"] == "tutorial"
     labelled = bool((recordings.labels[:, 0] >= 0).any())
-    why = ("the tutorial's network takes no conditions" if tutorial else
-           "the file names hold no labels (guitar_acoustic_004-071-025.wav would)")
     best = ("none" if tutorial else "control" if settings["data"] == "melodies" else
             "note" if labelled else "none")
+    why = ("the tutorial's network takes no conditions" if tutorial else
+           "the file names hold no labels (guitar_acoustic_004-071-025.wav would)")
     if asked == "note" and not labelled or tutorial and asked not in ("auto", "none"):
         raise ValueError(f"--condition {asked}: {why}; use --condition {best}")
     if asked == "auto" and best == "none":
@@ -2756,21 +2767,20 @@ def prepare_codec(options, settings, recordings, device):
         print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
               f"{int((~recordings.valid).sum())} recordings at {rate} Hz, on {device}")
         kept = {k: settings[k] for k in ("data", "codec", "seconds", "seed", "sample_rate")}
+        built_in, judge_from = settings["data"] in BUILT_IN, options.adversarial_from
+        if judge_from is None and not built_in:
+            judge_from = options.codec_steps // 2
         # What a latent gains the decoder shrinks with the level of the sound, what the KL charges
         # does not: 0.05 suits strings near full scale, and silences every channel of quiet ones.
-        built_in = settings["data"] in ("plucks", "melodies")
-        adversarial_from = options.adversarial_from
-        if adversarial_from is None and not built_in:
-            adversarial_from = options.codec_steps // 2
         train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
-                    kl_weight=0.05 if built_in else 1e-3, adversarial_from=adversarial_from,
+                    kl_weight=0.05 if built_in else 1e-3, adversarial_from=judge_from,
                     resume=options.resume, settings=kept, minutes=options.minutes or math.inf)
         convergence, decibels = codec_distances(codec, recordings, device)
         print(f"codec, held-out recordings: spectral convergence {convergence:.3f}, log-spectral "
               f"distance {decibels:.2f} dB")
     codec = open_codec(path, settings, device)
-    frames = codec.frames(round(recordings.seconds * rate))
-    now = {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
+    now = {"channels": codec.channels, "sources": recordings.sources,
+           "frames": codec.frames(round(recordings.seconds * rate)),
            "seconds": recordings.seconds, "made_from": codec.made_from}
     for name, value in now.items():
         if settings.get(name) not in (None, value):
@@ -2786,14 +2796,6 @@ def meet(device):
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         half_hour = torch.distributed.constants.default_pg_timeout
         torch.distributed.init_process_group(backend, timeout=48 * half_hour)    # one day
-
-
-def command_evaluate(options, run):
-    """evaluate, and the end of train: tables and the page. Lifts out with: the whole program."""
-    training = options.command == "train"                          # whose --steps are other ones
-    evaluate(run, options.count or 185, options.seed, options.sampler,           # 185: the default
-             None if training else options.steps, more=options.more)
-    write_page(run, run.folder / "samples")
 
 
 def command_train(options, given, device):
@@ -2840,13 +2842,12 @@ def command_train(options, given, device):
             for i in range(len(x)) for kind, audio in kinds.items()], path)
         # Two halves of two, at least: one to compare with, one for the floor.
         if len(data.valid) >= 4:
-            command_evaluate(options, run)
+            evaluate(run, seed=options.seed)
 
 
 def plot_schedule(objective, steps, **levels):
     """Print where the grids' steps lie, sigma/alpha from 0.001 to 100; digits count what meets.
-
-    Lifts out with: karras_times, linear_times, noise_ramp, polyexponential_times, schedule.
+    Lifts out with: the whole program.
     """
     print(f"noise levels sigma / alpha of {steps} steps\n{'':16}" + "".join(
         f"{10.0 ** power:<12g}" for power in range(-3, 3)))                # 12 places to a decade
@@ -2909,74 +2910,86 @@ def check_sample(options, given, run):
                          "polyexponential; linear has no use for it")
 
 
-def midi_score(path, run):
-    """The curves [2, L] of a MIDI file for a Run. ValueError if it holds no notes.
-
-    Lifts out with: midi_curves, midi_events, read_midi.
+def asked_for(options, run):
+    """What the options ask of a Run: labels [B, K], curves [2, L] (NaN: any), init, latents [B, C,
+    L] to start from, or None, and keep [L], which of its frames stay, or None. ValueError for a
+    MIDI file without notes. Lifts out with: the whole program.
     """
-    notes, frame = read_midi(path), run.codec.hop / run.codec.sample_rate
-    if not notes or not run.settings["touch"]:
-        raise ValueError(f"{path}: {len(notes)} notes; expected some, and a run of pitched sounds")
-    last = max(end for _, end, _, _ in notes) + 1                  # and a second to die away
-    return midi_curves(notes, math.ceil(last / frame), frame, *run.settings["touch"])
+    s, codec, init, keep = run.settings, run.codec, None, None
+    velocity = -1 if options.velocity is None else options.velocity
+    source = [None, *s["sources"]].index(options.source) - 1             # None becomes -1
+    labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
+                           for _ in range(options.count or 1)])
+    frames, frame = s["frames"], codec.hop / codec.sample_rate           # how many, and seconds
+    if options.seconds:
+        frames = codec.frames(round(options.seconds * codec.sample_rate))
+    if options.init_audio:
+        audio = load_audio(options.init_audio, codec.sample_rate)[None].to(run.device)   # [1, T]
+        init = ((codec.encode(audio) - run.mean) / run.std).expand(len(labels), -1, -1)
+        frames = init.shape[2]
+    curves = torch.full((2, frames), math.nan)
+    if options.midi:
+        notes = read_midi(options.midi)
+        if not notes or not s["touch"]:
+            raise ValueError(f"{options.midi}: {len(notes)} notes; expected some, and a run of "
+                             "pitched sounds")
+        last = max(end for _, end, _, _ in notes) + 1              # and a second to die away
+        curves = midi_curves(notes, math.ceil(last / frame), frame, *s["touch"])
+    if options.keep:
+        second = torch.arange(frames, device=run.device) * codec.hop / codec.sample_rate
+        keep = (second >= options.keep[0]) & (second < options.keep[1])
+    return labels, curves, init, keep
+
+
+def guided_net(options, run, count):
+    """A Run's network with the guidance asked for, for `count` sounds at once.
+    Lifts out with: the whole program.
+    """
+    negative, interval = None, options.cfg_interval
+    if options.negative_pitch is not None:
+        away = torch.tensor([options.negative_pitch, -1, -1], device=run.device)
+        negative = {"labels": away.expand(count, -1)}
+    if interval and isinstance(run.objective, EDM):
+        interval = [math.log(max(t, 1e-9)) / 4 for t in interval]  # EDM's net is told ln(t)/4
+    return GuidedNet(run.net, options.cfg, options.rescale, interval, negative)
 
 
 def command_sample(options, given, device):
     """sample: sounds from a trained run. Lifts out with: the whole program."""
     run = Run(options.run, device)
-    s, codec, edm = run.settings, run.codec, isinstance(run.objective, EDM)
+    codec, edm = run.codec, isinstance(run.objective, EDM)
     name, steps = run.sampler(options.sampler, options.steps)
     # dpmpp_3m_sde wants steps of like sizes in log-SNR.
     options.schedule = options.schedule or ("polyexponential" if name == "dpmpp_3m_sde" else
                                             "karras" if edm else "linear")
     check_sample(options, given, run)
-    velocity = -1 if options.velocity is None else options.velocity
-    source = [None, *s["sources"]].index(options.source) - 1             # None becomes -1
-    labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
-                           for _ in range(options.count or 1)])                   # [B, K]
-    frames, init, keep, negative, interval = s["frames"], None, None, None, options.cfg_interval
-    if options.seconds:
-        frames = codec.frames(round(options.seconds * codec.sample_rate))
-    load = lambda path: load_audio(path, codec.sample_rate)[None].to(device)             # [1, T]
-    if options.init_audio:
-        init = (codec.encode(load(options.init_audio)) - run.mean) / run.std             # [1, C, L]
-        init, frames = init.expand(len(labels), -1, -1), init.shape[2]
-    curves = torch.full((2, frames), math.nan)
-    if options.midi:
-        curves = midi_score(options.midi, run)
-        frames = curves.shape[1]
-    if options.keep:
-        second = torch.arange(frames, device=device) * codec.hop / codec.sample_rate
-        keep = (second >= options.keep[0]) & (second < options.keep[1])                  # [L]
-    if options.negative_pitch is not None:
-        away = torch.tensor([[options.negative_pitch, -1, -1]], device=device)
-        negative = {"labels": away.expand(len(labels), -1)}
     if edm:
         run.objective = EDM(sigma_max=options.sigma_max)           # where sampling starts
-        interval = interval and [math.log(max(t, 1e-9)) / 4 for t in interval]   # as the net sees t
-    net, shape = GuidedNet(run.net, options.cfg, options.rescale, interval, negative), (
-        len(labels), s["channels"], frames)
+    labels, curves, init, keep = asked_for(options, run)
+    net, curves = guided_net(options, run, len(labels)), curves.expand(len(labels), -1, -1)
+    shape = len(labels), run.settings["channels"], curves.shape[2]
     levels = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max, "rho": options.rho}
     if options.plot_schedule:
         plot_schedule(run.objective, steps, **levels)
-    how = {"eta": options.eta, "init": init, "init_noise": options.init_noise, "keep": keep,
-           "times": None if options.init_noise == 0 else schedule(
-               run.objective, options.schedule, steps, options.init_noise, **levels),
-           **run.conditions(labels, curves.expand(len(labels), -1, -1))}
-    noise = options.match and match_envelope(
-        lambda noise: generate(net, run.objective, shape, name, steps, options.seed, noise=noise,
-                               **how),
-        shape, options.seed, lambda x: codec.decode(x * run.std + run.mean), codec.hop,
-        load(options.match))
+    times = None if options.init_noise == 0 else schedule(
+        run.objective, options.schedule, steps, options.init_noise, **levels)
+    how = {"times": times, "eta": options.eta, "init": init, "init_noise": options.init_noise,
+           "keep": keep, **run.conditions(labels, curves)}
+    noise = None
+    if options.match:
+        draw = lambda noise: generate(net, run.objective, shape, name, steps, options.seed,
+                                      noise=noise, **how)
+        play = lambda x: codec.decode(x * run.std + run.mean)
+        target = load_audio(options.match, codec.sample_rate)[None].to(device)           # [1, T]
+        noise = match_envelope(draw, shape, options.seed, play, codec.hop, target)
     x, path = run.generate(net, shape, name, steps, options.seed, noise=noise, **how)
-    names = [f"sample_{options.seed + i}" + (f"_pitch_{p}" if p >= 0 else "")
-             for i, p in enumerate(labels[:, 0].tolist())]
-    text, audio = itertools.repeat(f"w = {options.cfg:g}, {name} {steps}"), run.decode(x)
-    write_sounds(run, options.out or run.folder / "samples", [*zip(names, text, labels, audio)],
-                 path)
+    text, audio = f"w = {options.cfg:g}, {name} {steps}", run.decode(x)
+    names = [f"sample_{options.seed + i}" + f"_pitch_{pitch}" * (pitch >= 0)
+             for i, pitch in enumerate(labels[:, 0].tolist())]
+    write_sounds(run, options.out or run.folder / "samples",
+                 [(names[i], text, labels[i], audio[i]) for i in range(len(x))], path)
     if options.midi:
-        figures = measure(audio, codec.sample_rate, codec.hop,
-                          curves=curves.expand(len(audio), -1, -1))
+        figures = measure(audio, codec.sample_rate, codec.hop, curves=curves)
         print(f"{options.midi}: " + ", ".join(f"{k} {figures[k]:.3f}" for k in FOLLOWING))
 
 
@@ -2996,7 +3009,8 @@ def main(argv=None):
         data = os.path.basename(os.path.abspath(options.data))
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
-            command_evaluate(options, Run(options.run, device))
+            evaluate(Run(options.run, device), options.count or 185, options.seed,   # the usual
+                     options.sampler, options.steps, options.more)
         elif options.command == "sample":
             command_sample(options, given, device)
         else:
