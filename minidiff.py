@@ -2119,10 +2119,10 @@ def open_codec(path, settings, device):
 #     Is it new?              Distance to the nearest training note, over that of held-out notes:
 #                             about 1 is as new as those are, far below 1 is memory and not music.
 #
-# And what does it cost? Sampling is timed twice, the second time with a network that costs nothing.
-# network_share is the part of the time that is then gone: near 1, only a smaller network or fewer
-# evaluations can make it faster. real_time_factor is seconds of sound over seconds of work, codec
-# included, when `count` sounds are made at once: above 1, they come faster than they play.
+# And what does it cost? network_share is the part of the time of sampling that is spent inside the
+# network: near 1, only a smaller network or fewer evaluations could make it faster, not a quicker
+# sampler. real_time_factor is seconds of sound over seconds of work, codec included, when `count`
+# sounds are made at once: above 1, they come faster than they play.
 #
 # Try `evaluate --run runs/plucks --steps 4`, a quarter of the work: which figures get worse, which
 # better, and do your ears agree? At w = 2 README.md has both in its table of evaluations.
@@ -2499,8 +2499,7 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     Returns what it wrote, a dict. Time, nfe and nearest_ratio are of w = 1; more: two more tables,
     see `evaluate_more`. Lifts out with: the whole program.
     """
-    test, clock, (name, steps) = Comparison(run, count, seed), time.perf_counter, run.sampler(
-        sampler, steps)
+    test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
     N, B, cond = test.N, test.B, test.cond
     result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
               "pitch_accuracy_real": test.real}
@@ -2511,18 +2510,21 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     test.row(result, "codec", "real, codec (the floor)", B, test.pitch, test.curves)
     result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
     result["frechet_floor"] = result["frechet"].pop("codec")
-    calls, free = [], lambda x, t, **_: calls.append(t) or x       # a network that costs nothing
     run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
-    # .cpu() waits for a GPU: the clock is read when all is there.
-    began, x, drawn = clock(), test.draw(1.0, name, steps, **cond).cpu().to(run.device), clock()
-    audio, ended = run.decode(x), clock()
-    test.draw(1.0, name, steps, free, **cond).cpu()
-    each, free_took = (ended - began) / N, clock() - ended
+    calls, watch, began = [], Stopwatch(run.device), time.perf_counter()
+
+    def timed(x, t, **cond):
+        calls.append(t)
+        with watch:
+            return run.net(x, t, **cond)
+
+    x = test.draw(1.0, name, steps, timed, **cond)
+    share, audio = watch.share(), run.decode(x)                    # both wait for a GPU
+    each = (time.perf_counter() - began) / N
     some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
     train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
-    result |= {"nfe": len(calls), "seconds_per_item": each,
-               "network_share": 1 - free_took / (drawn - began),
+    result |= {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
                "real_time_factor": run.settings["seconds"] / each,
                "nearest_ratio": near(x) / near(B)}
     asked = (test.pitch, test.curves) if cond else (None, None)
@@ -2864,8 +2866,8 @@ def match_envelope(draw, shape, seed, decode, hop, target, steps=30, lr=0.1):
     """Noise [B, C, L] = shape whose sounds have the envelope of target [1, T], found by DITTO.
 
     draw: noise -> latents [B, C, L]; decode: latents -> audio [B, T]. The loss is the squared error
-    over that of silence; `steps` of Adam. Lifts out with: envelope, optimise_noise,
-    standard_normal.
+    over that of silence; `steps` of Adam.
+    Lifts out with: envelope, optimise_noise, standard_normal.
     """
     wanted, said = envelope(target, hop), []                                   # [1, L]
 
