@@ -2107,8 +2107,9 @@ def open_codec(path, settings, device):
 # --------------------------------------------------------------------------------------------------
 # 10. Listening and measuring: is it any good?
 # --------------------------------------------------------------------------------------------------
-# First listen: a page shows each sound beside what was asked for. Then three questions, and beside
-# each answer what to hold it against, a ceiling that nothing beats or a floor that nothing passes:
+# `generate` puts chapters 1 to 3 together, a Run is what training left behind, and a page lets you
+# hear and see each sound beside what was asked for. Then come three questions, and beside each the
+# figure to hold the answer against: a ceiling that nothing beats, a floor that nothing gets below.
 #
 #     Is it what was asked?   Share of notes within 50 cents of their pitch. Ceilings: real notes
 #                             (does the tracker hear right?), and real notes through the codec,
@@ -2800,6 +2801,23 @@ def meet(device):
         torch.distributed.init_process_group(backend, timeout=48 * half_hour)    # one day
 
 
+def first_sounds(options, recordings, data, device, count=4):
+    """Play held-out notes as recorded, through the codec, and generated: the page; then measure.
+    Lifts out with: the whole program.
+    """
+    run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(count))
+    x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(),
+                           run.settings["seed"], **run.conditions(labels, curves))
+    length = round(recordings.seconds * recordings.sample_rate)
+    real = [recordings.audio(i, 0, length) for i in data.valid[:count].tolist()]
+    kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
+    sounds = [(f"{kind}_{i}", "", labels[i], audio[i])
+              for i in range(len(x)) for kind, audio in kinds.items()]
+    write_sounds(run, run.folder / "samples", sounds, path)
+    if len(data.valid) >= 4:               # two to compare with, and two for the floor, at least
+        evaluate(run, seed=options.seed)
+
+
 def command_train(options, given, device):
     """codec, train: codec, latents, diffusion model, sounds. Lifts out with: the whole program."""
     rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -2833,18 +2851,7 @@ def command_train(options, given, device):
                     settings=settings, minutes=options.minutes or math.inf,
                     without=settings["without"])
     if rank == 0:
-        run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
-        x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
-                               **run.conditions(labels, curves))
-        real = [recordings.audio(i, 0, round(recordings.seconds * recordings.sample_rate))
-                for i in data.valid[:len(x)].tolist()]
-        kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
-        write_sounds(run, options.run / "samples", [
-            (f"{kind}_{i}", "", labels[i], audio[i])
-            for i in range(len(x)) for kind, audio in kinds.items()], path)
-        # Two halves of two, at least: one to compare with, one for the floor.
-        if len(data.valid) >= 4:
-            evaluate(run, seed=options.seed)
+        first_sounds(options, recordings, data, device)
 
 
 def plot_schedule(objective, steps, **levels):
