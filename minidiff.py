@@ -2223,7 +2223,7 @@ class Run:
     def generate(self, net, shape, sampler, steps, seed, **how):
         """`generate`'s latents [B, C, L], and the way of the first: a list of (t, x [C, L])."""
         progress, path = Progress("sampling", steps, "steps"), []
-        look = lambda i, t, x: path.append((t, x[0].clone())) or progress(i)
+        look = lambda i, t, x: path.append((t, x[0].clone())) or progress(i)   # not all of x stays
         x = generate(net, self.objective, shape, sampler, steps, seed, callback=look,
                      device=self.device, **how)
         look(steps, 0.0, x)
@@ -2280,7 +2280,7 @@ def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=16
     marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
     for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
         marks += [write(0, Y(y), f"{value(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
-                  write(X(x), bottom + apart, f"{x:.4g}")]
+                  f'<g text-anchor="middle">{write(X(x), bottom + apart, f"{x:.4g}")}</g>']
     dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
     for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
         below = max(Y(line[-1][1]), below + apart)                         # names never meet
@@ -2897,10 +2897,11 @@ def match_envelope(draw, shape, seed, decode, hop, target, steps=30, lr=0.1):
 def check_sample(options, given, run):
     """ValueError for what this run cannot do, or what means nothing. Lifts out with: nothing."""
     condition, sources = run.settings["condition"], run.settings["sources"]
-    asked = sorted(given & {"pitch", "velocity", "source", "negative_pitch"})
+    first = lambda names: "--" + min(names).replace("_", "-")
+    asked = given & {"pitch", "velocity", "source", "negative_pitch"}
     if asked and condition != "note":
-        raise ValueError(f"{run.folder} was trained with --condition {condition}: "
-                         f"it takes no --{asked[0].replace('_', '-')}")
+        raise ValueError(f"{run.folder} was trained with --condition {condition}: it takes no "
+                         f"{first(asked)}")
     if options.midi and condition != "control":
         raise ValueError(f"{run.folder} was trained with --condition {condition}; --midi needs the "
                          "envelope and pitch curves of --condition control")
@@ -2913,10 +2914,10 @@ def check_sample(options, given, run):
                          "give one of them")
     if options.match and options.init_noise == 0:
         raise ValueError("--match changes the noise, and --init-noise 0 has none: give it more")
-    shaped = sorted(given & {"sigma_min", "sigma_max", "rho"})
+    shaped = given & {"sigma_min", "sigma_max", "rho"}
     if options.schedule == "linear" and shaped and not options.plot_schedule:
-        raise ValueError(f"--{shaped[0].replace('_', '-')} shapes --schedule karras and "
-                         "polyexponential; linear has no use for it")
+        raise ValueError(f"{first(shaped)} shapes --schedule karras and polyexponential; linear "
+                         "has no use for it")
 
 
 def asked_for(options, run):
