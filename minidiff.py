@@ -2445,31 +2445,43 @@ class Comparison:
             raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 recordings held out, "
                              f"got {count} and {len(valid)}")
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
-        self.A, (self.B, labels, self.curves) = (
-            self.data.held_out(pick[0::2])[0], self.data.held_out(pick[1::2]))
-        self.cond, self.pitch, self.real = run.conditions(labels, self.curves), None, None
+        self.A, _, _ = self.data.held_out(pick[0::2])
+        self.B, labels, curves = self.data.held_out(pick[1::2])
+        self.cond, pitch, self.real = run.conditions(labels, curves), None, None
         if (labels[:, 0] >= 0).all():
-            self.pitch = labels[:, 0].cpu()
+            pitch = labels[:, 0].cpu()
             heard = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
-            self.real = np.mean(np.abs(heard - self.pitch.numpy()) < 0.5).item()
+            self.real = np.mean(np.abs(heard - pitch.numpy()) < 0.5).item()
+        self.asked = {"pitch": pitch, "curves": curves}
 
-    def draw(self, w, sampler, steps, net=None, **how):
-        """Latents [N, C, L] at guidance scale w; how: for generate, the condition too."""
-        net = GuidedNet(net or self.run.net, w)
-        return self.run.generate(net, self.B.shape, sampler, steps, self.seed, **how)[0]
+    def row(self, into, key, title, asked, w, sampler, steps, **how):
+        """Draw N sounds, print a line of figures, keep each as into[figure][key].
 
-    def row(self, into, key, title, latents, pitch=None, curves=None, audio=None):
-        """Print a line of figures for latents [N, C, L]; keep each as into[figure][key]."""
-        codec, audio = self.run.codec, self.run.decode(latents) if audio is None else audio
+        asked: what `measure` holds them against; how: for `generate`, the condition too. Returns
+        the latents [N, C, L] and a dict of what they cost.
+        """
+        run, codec, calls = self.run, self.run.codec, []
+        began, watch = time.perf_counter(), Stopwatch(run.device)
+
+        def timed(x, t, **cond):
+            calls.append(t)
+            with watch:
+                return run.net(x, t, **cond)
+
+        x, _ = run.generate(GuidedNet(timed, w), self.B.shape, sampler, steps, self.seed, **how)
+        share, audio = watch.share(), run.decode(x)                # both wait for a GPU
+        each = (time.perf_counter() - began) / self.N
         features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
-        figures = {"frechet": frechet_distance(features(latents), features(self.A)),
-                   **measure(audio, codec.sample_rate, codec.hop, pitch, curves)}
+        figures = {"frechet": frechet_distance(features(x), features(self.A)),
+                   **measure(audio, codec.sample_rate, codec.hop, **asked)}
         for figure, value in figures.items():
             into.setdefault(figure, {})[key] = value
-        tune = "-" if pitch is None else f"{figures['pitch_accuracy']:.3f}"
+        tune = f"{figures['pitch_accuracy']:.3f}" if "pitch_accuracy" in figures else "-"
         print(f"{title:26}{tune:>9}{figures['frechet']:9.3f}{figures['level_db']:10.1f}"
               f"{figures['centroid_hz']:10.0f}",
               *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        return x, {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
+                   "real_time_factor": run.settings["seconds"] / each}
 
 
 def evaluate_more(test, result):
@@ -2478,60 +2490,49 @@ def evaluate_more(test, result):
     Lifts out with: the whole program.
     """
     result |= {"evaluations": {}, "from_sound": {}}
+    pitch = {"pitch": test.asked["pitch"]}
     print("\nevaluations of the network, at w = 2")
     kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
     for steps, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds):    # each twice the last
         steps, calls = (steps // 2, steps - 1) if name == "heun" else (steps, steps)
         title = f"{calls:2} {name}" + f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
-        x = test.draw(2.0, name, steps, eta=eta, **test.cond)
-        test.row(result["evaluations"], title, title, x, test.pitch if test.cond else None)
+        test.row(result["evaluations"], title, title, pitch if test.cond else {}, 2.0, name, steps,
+                 eta=eta, **test.cond)
     print("\nheld-out sounds, noised to sigma / alpha and denoised without a condition")
     for ratio in (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0):               # octaves of noise
         t = test.run.objective.time_at(torch.tensor(ratio)).item()
-        x = test.draw(1.0, *test.run.sampler(), init=test.B, init_noise=t)
-        test.row(result["from_sound"], f"{ratio:g}", f"{ratio:g}, --init-noise {t:.2f}", x,
-                 test.pitch)
+        test.row(result["from_sound"], f"{ratio:g}", f"{ratio:g}, --init-noise {t:.2f}", pitch, 1.0,
+                 *test.run.sampler(), init=test.B, init_noise=t)
 
 
 @torch.no_grad()
 def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     """Measure a Run on `count` sounds: print a table, write evaluation.json and the page.
 
-    Returns what it wrote, a dict. Time, nfe and nearest_ratio are of w = 1; more: two more tables,
-    see `evaluate_more`. Lifts out with: the whole program.
+    Returns what it wrote, a dict. Costs and nearest_ratio are of w = 1; more: two more tables, see
+    `evaluate_more`. Lifts out with: the whole program.
     """
     test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
-    N, B, cond = test.N, test.B, test.cond
-    result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
-              "pitch_accuracy_real": test.real}
-    print(f"{run.folder}: N = {N}, {name} with {steps} steps, seed {seed}\n"
+    B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
+    result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
+              "pitch_accuracy": {}, "pitch_accuracy_real": test.real}
+    print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
           f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
     if test.real is not None:
         print(f"{'real':26}{test.real:9.3f}")
-    test.row(result, "codec", "real, codec (the floor)", B, test.pitch, test.curves)
+    # To start from real latents with no noise on them is to leave them as they are.
+    test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
+             init=B, init_noise=0)
     result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
     result["frechet_floor"] = result["frechet"].pop("codec")
-    run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
-    calls, watch, began = [], Stopwatch(run.device), time.perf_counter()
-
-    def timed(x, t, **cond):
-        calls.append(t)
-        with watch:
-            return run.net(x, t, **cond)
-
-    x = test.draw(1.0, name, steps, timed, **cond)
-    share, audio = watch.share(), run.decode(x)                    # both wait for a GPU
-    each = (time.perf_counter() - began) / N
+    run.net(B, B.new_ones(len(B)), **cond)                    # the first call is slow and not timed
+    x, costs = test.row(result, "1", "generated, w = 1", asked, 1.0, name, steps, **cond)
+    for w in ("2", "3") if cond else ():
+        test.row(result, w, f"generated, w = {w}", asked, float(w), name, steps, **cond)
     some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
     train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
-    result |= {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
-               "real_time_factor": run.settings["seconds"] / each,
-               "nearest_ratio": near(x) / near(B)}
-    asked = (test.pitch, test.curves) if cond else (None, None)
-    test.row(result, "1", "generated, w = 1", x, *asked, audio)
-    for w in ("2", "3") if cond else ():
-        test.row(result, w, f"generated, w = {w}", test.draw(float(w), name, steps, **cond), *asked)
+    result |= costs | {"nearest_ratio": near(x) / near(B)}
     print("nearest training sound: {nearest_ratio:.2f} of a held-out one's distance; {nfe} calls, "
           "{seconds_per_item:.3f} s a sound ({real_time_factor:.0f} times real time), "
           "{network_share:.1%} in the network".format(**result))

@@ -1560,10 +1560,10 @@ def test_evaluate_knows_its_oracles(run, tmp_path, monkeypatch):
     now = [0.0]
     opened.net = lambda *_, **__: now.append(now.pop() + 3)
 
-    def generate(net, *_, **__):
+    def generate(net, *_, init=None, **__):
         now[0] += 1
         net.net(B, 1.0)
-        return play[net.scale]
+        return play[net.scale] if init is None else init
     monkeypatch.setattr(m, "generate", generate)
     monkeypatch.setattr(m.time, "perf_counter", lambda: now[0])
     result = m.evaluate(opened, count=4)
