@@ -2108,15 +2108,16 @@ def open_codec(path, settings, device):
 # 10. Listening and measuring: is it any good?
 # --------------------------------------------------------------------------------------------------
 # `generate` puts chapters 1 to 3 together, a Run is what training left behind, and a page lets you
-# hear and see each sound beside what was asked for. Then come three questions, and beside each the
-# figure to hold the answer against: a ceiling that nothing beats, a floor that nothing gets below.
+# hear and see each sound beside what was asked for. Then come three questions, and beside each a
+# ceiling or a floor: what real notes get, for a model cannot be asked to do better than they do.
 #
 #     Is it what was asked?   Share of notes within 50 cents of their pitch. Ceilings: real notes
 #                             (does the tracker hear right?), and real notes through the codec,
 #                             since what the codec spoils no latent can mend.
 #     Is it like the data?    Frechet distance between latents of generated notes and of half of the
 #                             held-out ones. Floor: that of the other half. It is above 0 though
-#                             both are real, for means and covariances of N notes are estimates.
+#                             both are real, for means and covariances of N notes are estimates;
+#                             and so a distance a little below it is no better than the floor.
 #     Is it new?              Distance to the nearest training note, over that of held-out notes:
 #                             about 1 is as new as those are, far below 1 is memory and not music.
 #
@@ -2550,10 +2551,11 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
 # Evaluate), its default ("-" if that depends), its values, what it is. 0..127 are whole numbers,
 # 0.0..1.0 any between; x2 says that two are wanted, + that there may be more; what begins with
 # blanks goes on from the line above. `parse` tells argparse all of it. The rest of the chapter is
-# what the commands do with it: each puts pieces of the chapters before together.
+# what the commands do with it: they put together pieces of the chapters before.
 #
 # A run's settings travel in its checkpoints, so `sample` and `evaluate` need no option to match the
-# training, and `train --resume` needs none again; one that contradicts them is an error.
+# training, and one that contradicts them is an error. A budget (--steps, --minutes) is no setting:
+# `train --resume` takes it anew.
 #
 # Try `sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then `--cfg 1 --out w1` and
 # `--cfg 8 --out w8`. Sound i starts from the same noise in all three: what of it comes from the
