@@ -2658,8 +2658,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(options, names of those given); exits with 2 on a mistake. Lifts out with: Parser,
-    option_kind.
+    """argv -> (options, names of those given); a mistake ends the program with status 2.
+    Lifts out with: Parser, option_kind.
     """
     top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
     commands = top.add_subparsers(dest="command", required=True)
