@@ -541,8 +541,8 @@ def optimise_noise(sample, noise, loss, steps, lr):
 #                          normalised features are scaled and shifted by a function of t and labels
 #     residuals            a block answers x + f(x): with f small it does no harm, and gradients
 #                          pass it unchanged, so that many blocks still train in minutes
-#     norm                 features of size 1, whatever the level of the noise; taken frame by frame,
-#                          so that a long sound is treated as a short one is
+#     norm                 features of size 1, whatever the level of the noise; frame by frame, so
+#                          that a long sound is treated as a short one is
 #     attention            at the coarse levels each frame may look at every other frame
 #
 # Try: `python minidiff.py train --without time`, and then norm, residuals, attention, each with a
@@ -2207,35 +2207,27 @@ def open_codec(path, settings, device):
 # --------------------------------------------------------------------------------------------------
 # 10. Listening and measuring: is it any good?
 # --------------------------------------------------------------------------------------------------
-# Three questions, and beside each figure the one that nothing can beat:
+# `generate` puts chapters 1 to 3 together, a Run is what training left behind, and a page lets you
+# hear and see each sound beside what was asked for. Then come three questions, and beside each a
+# ceiling or a floor: what real notes get, for a model cannot be asked to do better than they do.
 #
-#     Is it what was asked?   share of notes within 50 cents of the pitch; the ceilings are the real
-#                             notes, and the real notes through the codec
-#     Is it like the data?    Frechet distance between latents of generated and of held-out notes;
-#                             the floor is the distance between two halves of the real ones
-#     Is it new?              distance to the nearest training note, over that of held-out notes:
-#                             far below 1 would be memory and not music
+#     Is it what was asked?   Share of notes within 50 cents of their pitch. Ceilings: real notes
+#                             (does the tracker hear right?), and real notes through the codec,
+#                             since what the codec spoils no latent can mend.
+#     Is it like the data?    Frechet distance between latents of generated notes and of half of the
+#                             held-out ones. Floor: that of the other half. It is above 0 though
+#                             both are real, for means and covariances of N notes are estimates;
+#                             and so a distance a little below it is no better than the floor.
+#     Is it new?              Distance to the nearest training note, over that of held-out notes:
+#                             about 1 is as new as those are, far below 1 is memory and not music.
 #
-# The Frechet distance fits a Gaussian to each set. Moving one onto the other costs |m1 - m2|^2 for
-# the means, and in each direction (s1 - s2)^2 = s1^2 + s2^2 - 2 s1 s2 for the spreads; for matrices
-# that do not share their axes, s1 s2 becomes (C1^1/2 C2 C1^1/2)^1/2.
-
-
-def frechet_distance(a, b):
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of a [N, D], b [M, D] ([16] eq. 6).
-
-    A float, from float64 and eigenvalues of symmetric matrices: never negative. It falls with N, so
-    compare at equal N. Raises ValueError below two rows. Lifts out with: nothing.
-    """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
-    a, b = a.double().cpu(), b.double().cpu()
-    c1, c2 = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))          # [D, D]
-    values, vectors = torch.linalg.eigh(c1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # rounding may leave -1e-17
-    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
+# And what does it cost? network_share is the part of the time of sampling that is spent inside the
+# network: near 1, only a smaller network or fewer evaluations could make it faster, not a quicker
+# sampler. real_time_factor is seconds of sound over seconds of work, codec included, when `count`
+# sounds are made at once: above 1, they come faster than they play.
+#
+# Try `evaluate --run runs/plucks --steps 4`, a quarter of the work: which figures get worse, which
+# better, and do your ears agree? At w = 2 README.md has both in its table of evaluations.
 
 
 def schedule(objective, grid, steps, start=None, sigma_min=0.002, sigma_max=80.0, rho=None):
@@ -2332,7 +2324,7 @@ class Run:
     def generate(self, net, shape, sampler, steps, seed, **how):
         """`generate`'s latents [B, C, L], and the way of the first: a list of (t, x [C, L])."""
         progress, path = Progress("sampling", steps, "steps"), []
-        look = lambda i, t, x: path.append((t, x[0])) or progress(i)
+        look = lambda i, t, x: path.append((t, x[0].clone())) or progress(i)   # not all of x stays
         x = generate(net, self.objective, shape, sampler, steps, seed, callback=look,
                      device=self.device, **how)
         look(steps, 0.0, x)
@@ -2345,6 +2337,161 @@ class Run:
     def sampler(self, name=None, steps=None):
         name = name or ("heun" if self.settings["objective"] == "edm" else "euler")
         return name, steps or (9 if name == "heun" else 16)        # 2 * 9 - 1 evaluations, or 16
+
+
+def png(grey):
+    """Shades [rows, columns], 0 black, 1 white: data URI of a PNG. Lifts out with: nothing."""
+    head = struct.pack(">IIBBBBB", *grey.T.shape, 8, 0, 0, 0, 0)               # 8 bits, grey
+    rows = F.pad((grey.clamp(0, 1) * 255).byte(), (1, 0)).cpu().numpy()        # a 0 opens each row
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
+    data = b"".join(struct.pack(">I", len(body)) + kind + body
+                    + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
+
+
+def portrait(audio, rate, top=3000, columns=320, rows=65):
+    """Shades [., L] of audio [T]: its spectrogram up to `top` Hz; below, its waveform's outline.
+    Black is loudest, white 80 dB less. Lifts out with: envelope.
+    """
+    # A window of 1/16 s parts a low string's harmonics.
+    size, hop = 2 ** round(math.log2(rate / 16)), -(-len(audio) // columns)
+    peaks = envelope(audio[None], hop)                                         # [1, L]
+    S = torch.stft(audio, size, hop, window=torch.hann_window(size), pad_mode="constant",
+                   return_complex=True).abs()[1:top * size // rate + 1, :peaks.shape[1]].flip(0)
+    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
+    return torch.cat([decibels / -80, torch.linspace(1, -1, rows)[:, None].abs() > peaks])    # 80
+
+
+def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=160, apart=16):
+    """An SVG figure of lines {name: [(x, y)]}, y from 0 or, if log, from the least on a log axis.
+    Dashes, and the names at their ends, tell them apart. What has no place (NaN, infinity, 0 if
+    log) is left out; "" if nothing is left. Text is escaped. Lifts out with: nothing.
+    """
+    place, value = (math.log, math.exp) if log else (float, float)
+    able = lambda y: 0 < y < math.inf or y == 0 and not log                    # NaN is neither
+    lines = {name: kept for name, line in lines.items()
+             if (kept := [(x, place(y)) for x, y in line if able(y)])}
+    if not lines:
+        return ""
+    xs, ys = zip(*itertools.chain(*lines.values()))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys) if log else 0, max(ys)
+    X = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0 or 1), 1)
+    Y = lambda y: round(bottom + (top - bottom) * (y - y0) / (y1 - y0 or 1), 1)
+    write = lambda x, y, text: f'<text x="{x}" y="{y}">{html.escape(text)}</text>'
+    marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
+    for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
+        marks += [write(0, Y(y), f"{value(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
+                  f'<g text-anchor="middle">{write(X(x), bottom + apart, f"{x:.4g}")}</g>']
+    dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
+    for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
+        below = max(Y(line[-1][1]), below + apart)                         # names never meet
+        said.append(f"{name} {value(line[-1][1]):.3g}")
+        points = " ".join(f"{X(x)},{Y(y)}" for x, y in line)
+        marks += [f'<polyline points="{points}" stroke-dasharray="{next(dashes)}"/>',
+                  write(right + apart / 2, below, said[-1])]
+    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 200" role='
+            f'"img" aria-label="{html.escape("; ".join(said))}">{"".join(marks)}</svg></figure>')
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>body {{ font: 1rem/1.4 sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
+audio, img, svg {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 12rem }}
+svg {{ font-size: 13px; dominant-baseline: middle; stroke-width: 1.6 }} path {{ stroke: #ccc }}
+polyline {{ fill: none; stroke: #000 }} hr {{ grid-column: 1 / -1; width: 100% }}</style>
+<h1>{title}</h1><p>real: kept from training; codec: through the codec; generated: from noise.
+Time runs to the right; 0 to 3000 Hz upwards, dark is loud; below, the outline of the waveform.</p>
+<main>{figures}</main></html>
+"""
+
+
+def write_page(run, folder, fresh={}):
+    """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
+
+    `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
+    missing is left out. Lifts out with: the whole program.
+    """
+    figures = fresh | read_json(folder / "page.json") | fresh
+    write_json(folder / "page.json", figures)
+    path, log = figures.pop("path", ""), run.folder / "log.csv"
+    rows = [row.split(",") for row in log.read_text().splitlines()] if log.exists() else []
+
+    def losses(phase, *names):
+        lines = {name: [(int(step), float(value)) for kind, step, quantity, value in rows
+                        if (kind, quantity) == (phase, name)] for name in names}
+        return chart(f"{phase}: losses, log axis", "step of the training", lines, log=True)
+
+    (name, steps), measured = run.sampler(), read_json(run.folder / "evaluation.json")
+    t = run.objective.times(steps)
+    levels = {name: [*enumerate((run.objective.sigma(t) / run.objective.alpha(t)).tolist())]}
+    tuned = {float(w): share for w, share in measured.get("pitch_accuracy", {}).items()}
+    shares = {kind: [(w, measured[f"pitch_accuracy_{kind}"]) for w in tuned]
+              for kind in ("real", "codec")} | {"generated": [*tuned.items()]}
+    every = [*figures.values(), "<hr>", path,
+             losses("diffusion", "loss", "held out", "zero network", "ideal Gaussian"),
+             losses("codec", "l1", "stft", "kl"),
+             chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
+             chart("notes in tune", "guidance scale w", shares)]
+    page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
+    write_file(folder / "index.html", page.encode())
+
+
+def write_sounds(run, folder, sounds, path):
+    """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
+
+    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
+    """
+    fresh, rate = {}, run.codec.sample_rate
+    figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text, (pitch, velocity, source), audio in sounds:
+        file, title = folder / f"{name}.wav", html.escape(name)
+        peak = save_audio(str(file), audio, rate)
+        track = pitch_track(audio[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
+        heard = note_pitch(track).item()
+        said = [text, f"pitch {pitch}" * (pitch >= 0), f"velocity {velocity}" * (velocity >= 0),
+                "" if source < 0 else run.settings["sources"][source],
+                "no pitch heard" if math.isnan(heard) else f"heard {heard:.2f}",
+                f"{100 * (heard - pitch):+.0f} cents" * (pitch >= 0 and heard > 0),   # a semitone
+                f"peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)]
+        print(f"{file}:", said := "; ".join(filter(None, said)))
+        sound, picture = base64.b64encode(file.read_bytes()).decode(), png(portrait(audio, rate))
+        fresh[name] = "<hr>" * (not fresh) + figure(                # a row begins with each call
+            f"<b>{title}</b><br>{html.escape(said)}", f'<audio controls src="data:audio/wav;base64,'
+            f'{sound}"></audio><img src="{picture}" alt="spectrogram and waveform of {title}">')
+    path = [path[round(k * (len(path) - 1) / 5)] for k in range(6)]            # six, evenly
+    strips = [F.pad(x / x.std() / 6 + 0.5, (0, 0, 0, 2), value=1) for _, x in path]    # -3 to 3
+    said = "the first sound out of noise: latents at t = " + ", ".join(f"{t:.2g}" for t, _ in path)
+    fresh["path"] = figure(said, f'<img src="{png(torch.cat(strips))}" alt="{said}">')
+    write_page(run, folder, fresh)
+    print(f"listen to them at {folder / 'index.html'}")
+
+
+def frechet_distance(a, b):
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 R), R = (C1^1/2 C2 C1^1/2)^1/2, of a [N, D], b [M, D]: what
+    it costs to move the Gaussian fitted to a onto that of b ([16] eq. 6).
+
+    The cost is the least mean of |x - y|^2 over all pairings of x ~ N(m1, C1) with y ~ N(m2, C2).
+    The means cost |m1 - m2|^2; without them it is trace(C1 + C2) - 2 E[x.y]: how large is E[x.y]?
+    Take T symmetric and positive with T C1 T = C2. Since |T^1/2 x - T^-1/2 y|^2 is never negative,
+        2 E[x.y] <= E[x.T x] + E[y.T^-1 y] = trace(T C1) + trace(T^-1 C2) = 2 trace(T C1),
+    and y = T x makes it equal. T = C1^-1/2 R C1^-1/2 is such a matrix, with trace(T C1) = trace R.
+    In one dimension y = x s2/s1, and the cost is (m1 - m2)^2 + (s1 - s2)^2.
+
+    A float, from float64 and eigenvalues of symmetric matrices: never negative. It falls with N, so
+    compare at equal N. Raises ValueError below two rows. Lifts out with: nothing.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
+    a, b = a.double().cpu(), b.double().cpu()
+    c1, c2 = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))          # [D, D]
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T             # rounding may leave -1e-17
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
 
 
 FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
@@ -2389,7 +2536,7 @@ class Comparison:
     two pairs are held out. Lifts out with: the whole program.
     """
 
-    def __init__(self, run, count=185, seed=0):
+    def __init__(self, run, count, seed):
         s, self.run, self.seed = run.settings, run, seed
         self.data = LatentDataset(run.folder / "latents", s["frames"], s["channels"], run.device,
                                   disk=True)
@@ -2399,31 +2546,43 @@ class Comparison:
             raise ValueError(f"{run.folder}: evaluate needs --count 2 and 4 windows held out, "
                              f"got {count} and {len(valid)}")
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
-        self.A, (self.B, labels, self.curves) = (
-            self.data.held_out(pick[0::2])[0], self.data.held_out(pick[1::2]))
-        self.cond = run.conditions(labels, self.curves)
-        self.pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
-        self.recorded = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
+        self.A, _, _ = self.data.held_out(pick[0::2])
+        self.B, labels, curves = self.data.held_out(pick[1::2])
+        self.cond, pitch, self.real = run.conditions(labels, curves), None, None
+        if (labels[:, 0] >= 0).all():
+            pitch = labels[:, 0].cpu()
+            heard = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
+            self.real = np.mean(np.abs(heard - pitch.numpy()) < 0.5).item()
+        self.asked = {"pitch": pitch, "curves": curves}
 
-    def draw(self, w, sampler, steps, net=None, cond=None, **how):
-        """Latents generated at guidance scale w, [N, C, L]."""
-        cond = self.cond if cond is None else cond
-        return generate(GuidedNet(net or self.run.net, w), self.run.objective, self.B.shape,
-                        sampler, steps, self.seed, device=self.run.device, **cond, **how)
+    def row(self, into, key, title, asked, w, sampler, steps, **how):
+        """Draw N sounds, print a line of figures, keep each as into[figure][key].
 
-    def row(self, title, key, latents, into, pitch=None, curves=None, audio=None):
-        """Print a line of figures for latents [N, C, L]; keep each as into[figure][key]."""
-        codec, audio = self.run.codec, self.run.decode(latents) if audio is None else audio
+        asked: what `measure` holds them against; how: for `generate`, the condition too. Returns
+        the latents [N, C, L] and a dict of what they cost.
+        """
+        run, codec, calls = self.run, self.run.codec, []
+        began, watch = time.perf_counter(), Stopwatch(run.device)
+
+        def timed(x, t, **cond):
+            calls.append(t)
+            with watch:
+                return run.net(x, t, **cond)
+
+        x, _ = run.generate(GuidedNet(timed, w), self.B.shape, sampler, steps, self.seed, **how)
+        share, audio = watch.share(), run.decode(x)                # both wait for a GPU
+        each = (time.perf_counter() - began) / self.N
         features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
-        figures = {"frechet": frechet_distance(features(latents), features(self.A)),
-                   **measure(audio, codec.sample_rate, codec.hop, pitch, curves)}
+        figures = {"frechet": frechet_distance(features(x), features(self.A)),
+                   **measure(audio, codec.sample_rate, codec.hop, **asked)}
         for figure, value in figures.items():
             into.setdefault(figure, {})[key] = value
-        tune, (far, level, centroid) = figures.get("pitch_accuracy"), [
-            figures[k] for k in ("frechet", "level_db", "centroid_hz")]
-        follows = [f" {k} {figures[k]:.3f}" for k in FOLLOWING if k in figures]
-        print(f"{title:26}{'-' if tune is None else f'{tune:.3f}':>9}{far:9.3f}{level:10.1f}"
-              f"{centroid:10.0f}", *follows)
+        tune = f"{figures['pitch_accuracy']:.3f}" if "pitch_accuracy" in figures else "-"
+        print(f"{title:26}{tune:>9}{figures['frechet']:9.3f}{figures['level_db']:10.1f}"
+              f"{figures['centroid_hz']:10.0f}",
+              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        return x, {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
+                   "real_time_factor": run.settings["seconds"] / each}
 
 
 def evaluate_more(test, result):
@@ -2432,193 +2591,57 @@ def evaluate_more(test, result):
     Lifts out with: the whole program.
     """
     result |= {"evaluations": {}, "from_sound": {}}
+    pitch = {"pitch": test.asked["pitch"]}
     print("\nevaluations of the network, at w = 2")
     kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
     for steps, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds):    # each twice the last
         steps, calls = (steps // 2, steps - 1) if name == "heun" else (steps, steps)
         title = f"{calls:2} {name}" + f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
-        x = test.draw(2.0, name, steps, eta=eta)
-        test.row(title, title, x, result["evaluations"], test.pitch if test.cond else None)
+        test.row(result["evaluations"], title, title, pitch if test.cond else {}, 2.0, name, steps,
+                 eta=eta, **test.cond)
     print("\nheld-out sounds, noised to sigma / alpha and denoised without a condition")
-    name, steps = test.run.sampler()
     for ratio in (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0):               # octaves of noise
         t = test.run.objective.time_at(torch.tensor(ratio)).item()
-        x = test.draw(1.0, name, steps, cond={}, init=test.B, init_noise=t)
-        title = f"{ratio:g}, --init-noise {t:.2f}"
-        test.row(title, f"{ratio:g}", x, result["from_sound"], test.pitch)
+        test.row(result["from_sound"], f"{ratio:g}", f"{ratio:g}, --init-noise {t:.2f}", pitch, 1.0,
+                 *test.run.sampler(), init=test.B, init_noise=t)
 
 
 @torch.no_grad()
-def evaluate(run, count=185, seed=0, sampler=None, steps=None, scales=(1.0, 2.0, 3.0), more=False):
-    """Measure a Run on `count` sounds; print a table, write evaluation.json, return it as a dict.
+def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
+    """Measure a Run on `count` sounds: print a table, write evaluation.json and the page.
 
-    Time, nfe and nearest_ratio are of the first scale; more: two more tables, see `evaluate_more`.
-    Lifts out with: the whole program.
+    Returns what it wrote, a dict. Costs and nearest_ratio are of w = 1; more: two more tables, see
+    `evaluate_more`. Lifts out with: the whole program.
     """
-    test, clock, (name, steps) = Comparison(run, count, seed), time.perf_counter, run.sampler(
-        sampler, steps)
-    N, B, pitch, cond = test.N, test.B, test.pitch, test.cond
-    result = {"count": N, "seed": seed, "sampler": name, "steps": steps, "pitch_accuracy": {},
-              "pitch_accuracy_real": None}
-    print(f"{run.folder}: N = {N}, {name} with {steps} steps, seed {seed}\n"
+    test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
+    B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
+    result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
+              "pitch_accuracy": {}, "pitch_accuracy_real": test.real}
+    print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
           f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
-    if pitch is not None:
-        result["pitch_accuracy_real"] = np.mean(np.abs(test.recorded - pitch.numpy()) < 0.5).item()
-        print(f"{'real':26}{result['pitch_accuracy_real']:9.3f}")
-    test.row("real, codec (the floor)", "codec", B, result, pitch, test.curves)
+    if test.real is not None:
+        print(f"{'real':26}{test.real:9.3f}")
+    # To start from real latents with no noise on them is to leave them as they are.
+    test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
+             init=B, init_noise=0)
     result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
     result["frechet_floor"] = result["frechet"].pop("codec")
-    calls, free = [], lambda x, t, **_: calls.append(t) or x       # a network that costs nothing
+    run.net(B, B.new_ones(len(B)), **cond)                    # the first call is slow and not timed
+    x, costs = test.row(result, "1", "generated, w = 1", asked, 1.0, name, steps, **cond)
+    for w in ("2", "3") if cond else ():
+        test.row(result, w, f"generated, w = {w}", asked, float(w), name, steps, **cond)
     some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
     train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()
-    run.net(B, B.new_ones(N), **cond)                         # the first call is slow and not timed
-    for w in scales if cond else scales[:1]:
-        # .cpu() waits for a GPU: the clock is read when all is there.
-        began, x, drawn = clock(), test.draw(w, name, steps).cpu().to(run.device), clock()
-        audio, ended = run.decode(x), clock()
-        if w == scales[0]:
-            test.draw(w, name, steps, free).cpu()
-            each, free_took = (ended - began) / N, clock() - ended
-            result |= {"nfe": len(calls), "seconds_per_item": each,
-                       "network_share": 1 - free_took / (drawn - began),
-                       "real_time_factor": run.settings["seconds"] / each,
-                       "nearest_ratio": near(x) / near(B)}
-        test.row(f"generated, w = {w:g}", f"{w:g}", x, result, pitch if cond else None,
-                 test.curves, audio)
+    result |= costs | {"nearest_ratio": near(x) / near(B)}
     print("nearest training sound: {nearest_ratio:.2f} of a held-out one's distance; {nfe} calls, "
           "{seconds_per_item:.3f} s a sound ({real_time_factor:.0f} times real time), "
           "{network_share:.1%} in the network".format(**result))
     if more:
         evaluate_more(test, result)
     write_json(run.folder / "evaluation.json", result)
+    write_page(run, run.folder / "samples")
     return result
-
-
-def png(grey):
-    """Shades [rows, columns], 0 black, 1 white: data URI of a PNG. Lifts out with: nothing."""
-    head = struct.pack(">IIBBBBB", *grey.T.shape, 8, 0, 0, 0, 0)               # 8 bits, grey
-    rows = F.pad((grey.clamp(0, 1) * 255).byte(), (1, 0)).cpu().numpy()        # a 0 opens each row
-    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")
-    data = b"".join(struct.pack(">I", len(body)) + kind + body
-                    + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
-
-
-def portrait(audio, rate, top=3000, columns=320, rows=65):
-    """Shades [., L] of audio [T]: its spectrogram up to `top` Hz; below, its waveform's outline.
-
-    Black is loudest, white 80 dB less; a window of 1/16 s parts a low string's harmonics.
-    Lifts out with: envelope.
-    """
-    size, hop = 2 ** round(math.log2(rate / 16)), -(-len(audio) // columns)    # 16: see above
-    peaks = envelope(audio[None], hop)                                         # [1, L]
-    S = torch.stft(audio, size, hop, window=torch.hann_window(size), pad_mode="constant",
-                   return_complex=True).abs()[1:top * size // rate + 1, :peaks.shape[1]].flip(0)
-    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()      # 0 down to -80
-    return torch.cat([decibels / -80, torch.linspace(1, -1, rows)[:, None].abs() > peaks])    # 80
-
-
-def chart(title, x_name, lines, log=False, left=52, right=262, top=10, bottom=160, apart=16):
-    """An SVG figure of lines {name: [(x, y)]}; their dashes, and names at their ends, part them.
-
-    log: the y axis is. What it cannot show (NaN, infinity, 0 if log) is left out, as are lines
-    without a point; "" if nothing is left. Text is escaped. Lifts out with: nothing.
-    """
-    lift, drop, least = (math.log, math.exp, 0) if log else (float, float, -math.inf)
-    lines = {name: kept for name, line in lines.items()
-             if (kept := [(x, lift(y)) for x, y in line if least < y < math.inf])}    # NaN is not
-    if not lines:
-        return ""
-    xs, ys = zip(*itertools.chain(*lines.values()))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys if log else (0, *ys)), max(ys)
-    X = lambda x: round(left + (right - left) * (x - x0) / (x1 - x0 or 1), 1)
-    Y = lambda y: round(bottom + (top - bottom) * (y - y0) / (y1 - y0 or 1), 1)
-    write = lambda x, y, text: f'<text x="{x}" y="{y}">{html.escape(text)}</text>'
-    marks, said, below = [write(left, bottom + 2 * apart, x_name)], [title], 0 - top
-    for x, y in (x0, y0), ((x0 + x1) / 2, (y0 + y1) / 2), (x1, y1):
-        marks += [write(0, Y(y), f"{drop(y):.3g}"), f'<path d="M{left} {Y(y)}H{right}"/>',
-                  write(X(x), bottom + apart, f"{x:.4g}")]
-    dashes = itertools.cycle(("", "7 4", "2 3", "9 3 2 3"))
-    for name, line in sorted(lines.items(), key=lambda named: -named[1][-1][1]):   # the top first
-        below = max(Y(line[-1][1]), below + apart)                         # names never meet
-        said.append(f"{name} {drop(line[-1][1]):.3g}")
-        points = " ".join(f"{X(x)},{Y(y)}" for x, y in line)
-        marks += [f'<polyline points="{points}" stroke-dasharray="{next(dashes)}"/>',
-                  write(right + apart / 2, below, said[-1])]
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 200" role='
-            f'"img" aria-label="{html.escape("; ".join(said))}">{"".join(marks)}</svg></figure>')
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>body {{ font: 1rem/1.4 sans-serif; margin: auto; max-width: 75rem; padding: 0 1rem }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0; padding: .75rem; border: 1px solid #888; overflow-wrap: anywhere }}
-audio, img, svg {{ width: 100%; display: block; margin-top: .5rem }} img {{ height: 12rem }}
-svg {{ font-size: 13px; dominant-baseline: middle; stroke-width: 1.6 }} path {{ stroke: #ccc }}
-polyline {{ fill: none; stroke: #000 }} hr {{ grid-column: 1 / -1; width: 100% }}</style>
-<h1>{title}</h1><p>real: kept from training; codec: through the codec; generated: from noise.
-Time runs to the right; 0 to 3000 Hz upwards, dark is loud; below, the outline of the waveform.</p>
-<main>{figures}</main></html>
-"""
-
-
-def write_page(run, folder, fresh={}):
-    """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
-
-    `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
-    missing is left out. Lifts out with: chart, read_json, write_file, write_json.
-    """
-    figures = fresh | read_json(folder / "page.json") | fresh
-    write_json(folder / "page.json", figures)
-    log, measured = run.folder / "log.csv", read_json(run.folder / "evaluation.json")
-    rows = [row.split(",") for row in log.read_text().splitlines()[1:]] if log.exists() else []
-    losses = [chart(f"{phase}: losses, log axis", "step of the training", {
-        name: [(int(step), float(value)) for _, step, what, value in rows if what == name]
-        for name in names.split(", ")}, log=True) for phase, names in (
-        ("diffusion", "loss, held out, zero network, ideal Gaussian"), ("codec", "l1, stft, kl"))]
-    (name, steps), tune = run.sampler(), measured.get("pitch_accuracy", {})
-    t, path = run.objective.times(steps), figures.pop("path", "")
-    levels = {name: [*enumerate((run.objective.sigma(t) / run.objective.alpha(t)).tolist())]}
-    shares = {kind: [(float(w), measured[f"pitch_accuracy_{kind}"]) for w in tune]
-              for kind in ("real", "codec")} | {"generated": [(float(w), tune[w]) for w in tune]}
-    every = [*figures.values(), "<hr>", path, *losses,
-             chart("noise level sigma / alpha, log axis", "step of the sampler", levels, log=True),
-             chart("notes in tune", "guidance scale w", shares)]
-    page = PAGE.format(title=html.escape(f"minidiff: {run.folder.name}"), figures="\n".join(every))
-    write_file(folder / "index.html", page.encode())
-
-
-def write_sounds(run, folder, sounds, path):
-    """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
-
-    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
-    """
-    fresh, rate = {}, run.codec.sample_rate
-    figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text, label, audio in sounds:
-        file, title = folder / f"{name}.wav", html.escape(name)
-        peak = save_audio(str(file), audio, rate)
-        track = pitch_track(audio[None], rate, round(rate / 60), low=20.0)     # 60 frames a second
-        found, (pitch, velocity, source) = note_pitch(track).item(), label.tolist()
-        said = [text, f"pitch {pitch}" * (pitch >= 0), f"velocity {velocity}" * (velocity >= 0),
-                *run.settings["sources"][source:source + 1],
-                "no pitch heard" if math.isnan(found) else f"heard {found:.2f}",
-                f"{100 * (found - pitch):+.0f} cents" * (pitch >= 0 and found > 0),   # a semitone
-                f"peak {peak:.2f}" + ", scaled down to 1" * (peak > 1)]
-        print(f"{file}:", said := "; ".join(filter(None, said)))
-        sound, picture = base64.b64encode(file.read_bytes()).decode(), png(portrait(audio, rate))
-        fresh[name] = "<hr>" * (not fresh) + figure(
-            f"<b>{title}</b><br>{html.escape(said)}", f'<audio controls src="data:audio/wav;base64,'
-            f'{sound}"></audio><img src="{picture}" alt="spectrogram and waveform of {title}">')
-    path = [path[round(k * (len(path) - 1) / 5)] for k in range(6)]            # six, evenly
-    strips = [F.pad(x / x.std() / 6 + 0.5, (0, 0, 0, 2), value=1) for _, x in path]    # -3 to 3
-    said = "the first sound out of noise: latents at t = " + ", ".join(f"{t:.2g}" for t, _ in path)
-    fresh["path"] = figure(said, f'<img src="{png(torch.cat(strips))}" alt="{said}">')
-    write_page(run, folder, fresh)
-    print(f"listen to them at {folder / 'index.html'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2626,8 +2649,17 @@ def write_sounds(run, folder, sounds, path):
 # --------------------------------------------------------------------------------------------------
 # Each option stands here once, under its heading: its name, who takes it (Codec, Train, Sample,
 # Evaluate), its default ("-" if that depends), its values, what it is. 0..127 are whole numbers,
-# 0.0..1.0 any between, and x2 says that two are wanted, + that there may be more. A run's settings
-# travel in its checkpoints, so `sample` and `evaluate` need no option to match the training.
+# 0.0..1.0 any between; x2 says that two are wanted, + that there may be more; what begins with
+# blanks goes on from the line above. `parse` tells argparse all of it. The rest of the chapter is
+# what the commands do with it: they put together pieces of the chapters before.
+#
+# A run's settings travel in its checkpoints, so `sample` and `evaluate` need no option to match the
+# training, and one that contradicts them is an error. A budget (--steps, --minutes) is no setting:
+# `train --resume` takes it anew.
+#
+# Try `sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then `--cfg 1 --out w1` and
+# `--cfg 8 --out w8`. Sound i starts from the same noise in all three: what of it comes from the
+# noise, what from the pitch, and what does too much guidance do?
 COMMANDS = {
     "codec": ("train the Snake VAE alone", "--data my_folder --codec-steps 5000"),
     "train": ("train a codec where there is none, and a diffusion model", "--data my_folder"),
@@ -2689,27 +2721,30 @@ sampling
 """
 
 
+BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
+
+
 def option_kind(word):
     """What argparse wants to know of a word in the fourth column. Lifts out with: nothing."""
+    if word == "FLAG":
+        return {"action": "store_true"}
+    nargs = "+" if word.endswith("+") else 2 if word.endswith("x2") else None
+    word = word.removesuffix("+").removesuffix("x2")
+    if "|" in word:
+        return {"choices": word.split("|"), "nargs": nargs}
     if ".." not in word:
-        kinds = {"TEXT": {}, "PATH": {"type": pathlib.Path}, "FLAG": {"action": "store_true"}}
-        several = {"nargs": "+"} if word.endswith("+") else {}
-        choices = {"choices": word.rstrip("+").split("|"), **several}
-        return kinds.get(word) or (choices if "|" in word else {})
-    span, several, _ = re.split(r"(\+|x2|$)", word, maxsplit=1)
-    low, high = span.split("..")
+        return {"type": {"TEXT": str, "PATH": pathlib.Path}[word], "nargs": nargs}
+    low, high = word.split("..")
     kind = float if re.search("[.e]", low) else int
 
     def number(text):
-        try:
+        with contextlib.suppress(ValueError):
             # No limit is 2^62: all that a seed can take, and less than infinity; NaN fails too.
             if kind(low) <= (value := kind(text)) <= kind(high or 2 ** 62):
                 return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected {span} ({kind.__name__}), got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {word} ({kind.__name__}), got {text!r}")
 
-    return {"type": number, "metavar": span, "nargs": {"+": "+", "x2": 2}.get(several)}
+    return {"type": number, "metavar": word, "nargs": nargs}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2724,26 +2759,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(options, names of those given); exits with status 2 on a mistake.
-
+    """argv -> (options, names of those given); a mistake ends the program with status 2.
     Lifts out with: Parser, option_kind.
     """
     top, defaults = Parser(prog="minidiff.py", description=__doc__.splitlines()[0]), {}
     commands = top.add_subparsers(dest="command", required=True)
-    subs = [commands.add_parser(name, help=h, description=h,
+    subs = [commands.add_parser(name, help=what, description=what,
                                 epilog=f"example: python minidiff.py {name} {example}")
-            for name, (h, example) in COMMANDS.items()]
-    for row in re.findall("^\\w.*|^--.*(?:\n +.*)*", OPTIONS, re.M):
-        if row[0] != "-":
+            for name, (what, example) in COMMANDS.items()]
+    for row in re.sub("\n +", " ", OPTIONS).strip().splitlines():
+        if not row.startswith("--"):
             groups = [sub.add_argument_group(row) for sub in subs]
             continue
         name, users, default, word, text = row.split(maxsplit=4)
-        kind = option_kind(word)
-        defaults[name[2:].replace("-", "_")] = (
-            None if default == "-" else kind.get("type", str)(default))
-        text += "" if default == "-" else f" (default {default})"
+        kind, fixed = option_kind(word), default != "-"
+        key = name[2:].replace("-", "_")
+        defaults[key] = kind.get("type", str)(default) if fixed else None
+        text += f" (default {default})" * fixed
         for group, command in zip(groups, COMMANDS):
             if command[0] in users:
+                # SUPPRESS: what was not given does not appear, so that we know what was.
                 group.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(top.parse_args(argv))
     return argparse.Namespace(**defaults | given), set(given)
@@ -2763,61 +2798,61 @@ def pick_device(name):
 
 
 def run_settings(options, given):
-    """The settings of a run: those in its checkpoints if it has any, else the options.
-
-    Raises ValueError when a run would be overwritten, or an option contradicts it.
-    Lifts out with: fitting, load_checkpoint.
+    """The settings of a run: those in its checkpoints if it has any, else the options. ValueError
+    if a run would be overwritten, or an option contradicts it. Lifts out with: the whole program.
     """
     kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed",
                        "without")
-    for file in ("codec.pt", "model.pt"):
-        path = options.run / file
-        state = load_checkpoint(path) if path.exists() else {"settings": {}, "complete": True}
+    for path in options.run / "codec.pt", options.run / "model.pt":
+        if not path.exists():
+            continue
+        state = load_checkpoint(path)
         with fitting(path):
             kept |= state["settings"]
-            reusable = file == "codec.pt" and options.command == "train" and state["complete"]
-        if path.exists() and not options.resume and not reusable:
-            raise ValueError(f"{options.run} holds a run already ({file}, step {state['step']:,}): "
-                             "go on with --resume, choose another --run, or delete it")
-    for name in sorted(given & set(names) & set(kept)):
+            finished = path.name == "codec.pt" and state["complete"]
+        if not (options.resume or finished and options.command == "train"):
+            raise ValueError(f"{options.run} holds a run already ({path.name}, step "
+                             f"{state['step']:,}): go on with --resume, choose another --run, or "
+                             "delete it")
+    for name in sorted(given & {*names} & {*kept}):
         if getattr(options, name) not in (kept[name], "auto"):
             raise ValueError(f"{options.run} was made with --{name} {kept[name]}, got "
                              f"{getattr(options, name)}: leave it out, or choose another --run")
     fresh = {name: getattr(options, name) for name in names}
     fresh["without"] = fresh["without"] or []
     if fresh["codec"] == "auto":
-        fresh["codec"] = "vae" if fresh["data"] in ("plucks", "melodies") else "music2latent"
+        fresh["codec"] = "vae" if fresh["data"] in BUILT_IN else "music2latent"
     return fresh | kept
 
 
 def open_data(settings, run):
     """The sounds of a run; says which files are unusable. Lifts out with: the whole program."""
-    music2latent = settings["codec"] == "music2latent"
-    rate = Music2Latent.sample_rate if music2latent else settings.get("sample_rate")
-    given = {k: v for k, v in (("seconds", settings["seconds"]), ("sample_rate", rate)) if v}
-    if settings["data"] in ("plucks", "melodies"):
-        source = {"plucks": Plucks, "melodies": Melodies}[settings["data"]]
-        return source(seed=settings["seed"], **given)
+    rate = settings.get("sample_rate")
+    if settings["codec"] == "music2latent":
+        rate = Music2Latent.sample_rate
+    wanted = {"seed": settings["seed"], "seconds": settings["seconds"], "sample_rate": rate}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if settings["data"] in BUILT_IN:
+        return BUILT_IN[settings["data"]](**wanted)
     root = download_nsynth() if settings["data"] == "nsynth" else settings["data"]
-    recordings = AudioFolder(root, seed=settings["seed"], known=run / "files.json", **given)
+    recordings = AudioFolder(root, known=run / "files.json", **wanted)
     for name, reason in recordings.unusable.items():
         print(f"unusable: {name!r} {reason}", file=sys.stderr)
-    used, unusable = len(recordings), len(recordings.unusable)
-    print(f"{used} recordings used, {unusable} unusable", file=sys.stderr)
+    print(f"{len(recordings)} recordings used, {len(recordings.unusable)} unusable",
+          file=sys.stderr)
     return recordings
 
 
 def choose_condition(settings, recordings):
     """The condition asked for; for auto, the richest there is. ValueError if it cannot be had.
-
     Lifts out with: nothing.
     """
     asked, tutorial = settings["condition"], settings["net"] == "tutorial"
     labelled = bool((recordings.labels[:, 0] >= 0).any())
-    why = ("the tutorial's network takes no conditions" if tutorial else
-           "the file names hold no labels (guitar_acoustic_004-071-025.wav would)")
     best = ("none" if tutorial else "control" if settings["data"] == "melodies" else
             "note" if labelled else "none")
+    why = ("the tutorial's network takes no conditions" if tutorial else
+           "the file names hold no labels (guitar_acoustic_004-071-025.wav would)")
     if asked == "note" and not labelled or tutorial and asked not in ("auto", "none"):
         raise ValueError(f"--condition {asked}: {why}; use --condition {best}")
     if asked == "auto" and best == "none":
@@ -2839,21 +2874,20 @@ def prepare_codec(options, settings, recordings, device):
         print(f"codec: {sum(p.numel() for p in codec.parameters()):,} parameters, "
               f"{int((~recordings.valid).sum())} recordings at {rate} Hz, on {device}")
         kept = {k: settings[k] for k in ("data", "codec", "seconds", "seed", "sample_rate")}
+        built_in, judge_from = settings["data"] in BUILT_IN, options.adversarial_from
+        if judge_from is None and not built_in:
+            judge_from = options.codec_steps // 2
         # What a latent gains the decoder shrinks with the level of the sound, what the KL charges
         # does not: 0.05 suits strings near full scale, and silences every channel of quiet ones.
-        built_in = settings["data"] in ("plucks", "melodies")
-        adversarial_from = options.adversarial_from
-        if adversarial_from is None and not built_in:
-            adversarial_from = options.codec_steps // 2
         train_codec(codec, recordings, options.codec_steps, path, settings["seed"], device,
-                    kl_weight=0.05 if built_in else 1e-3, adversarial_from=adversarial_from,
+                    kl_weight=0.05 if built_in else 1e-3, adversarial_from=judge_from,
                     resume=options.resume, settings=kept, minutes=options.minutes or math.inf)
         convergence, decibels = codec_distances(codec, recordings, device)
         print(f"codec, held-out recordings: spectral convergence {convergence:.3f}, log-spectral "
               f"distance {decibels:.2f} dB")
     codec = open_codec(path, settings, device)
-    frames = codec.frames(round(recordings.seconds * rate))
-    now = {"channels": codec.channels, "sources": recordings.sources, "frames": frames,
+    now = {"channels": codec.channels, "sources": recordings.sources,
+           "frames": codec.frames(round(recordings.seconds * rate)),
            "seconds": recordings.seconds, "made_from": codec.made_from}
     for name, value in now.items():
         if settings.get(name) not in (None, value):
@@ -2882,12 +2916,22 @@ def reuse_memory():
         ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
-def command_evaluate(options, run):
-    """evaluate, and the end of train: tables and the page. Lifts out with: the whole program."""
-    training = options.command == "train"                          # whose --steps are other ones
-    evaluate(run, options.count or 185, options.seed, options.sampler,           # 185: the default
-             None if training else options.steps, more=options.more)
-    write_page(run, run.folder / "samples")
+def first_sounds(options, recordings, data, device, count=4):
+    """Play held-out notes as recorded, through the codec, and generated: the page; then measure.
+    Lifts out with: the whole program.
+    """
+    run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(count))
+    x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(),
+                           run.settings["seed"], **run.conditions(labels, curves))
+    length = round(recordings.seconds * recordings.sample_rate)
+    real = [recordings.audio(i, at * run.codec.hop, length)
+            for i, at in zip(data.valid[:count].tolist(), data.start.tolist())]
+    kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
+    sounds = [(f"{kind}_{i}", "", labels[i], audio[i])
+              for i in range(len(x)) for kind, audio in kinds.items()]
+    write_sounds(run, run.folder / "samples", sounds, path)
+    if len(data.valid) >= 4:               # two to compare with, and two for the floor, at least
+        evaluate(run, seed=options.seed)
 
 
 def command_train(options, given, device):
@@ -2900,10 +2944,9 @@ def command_train(options, given, device):
         meet(device)                    # rank 0 comes when all is made that the others will find
     settings = run_settings(options, given)
     reuse_memory()
-    # What notes from a formula need, and a beginning for recordings.
-    built_in = settings["data"] in ("plucks", "melodies")
-    options.codec_steps = options.codec_steps or (2600 if built_in else 10_000)
-    options.steps = options.steps or (700 if built_in else 10_000)
+    # What notes from a formula need, 2,600 and 700 steps, and 10,000 as a beginning for recordings.
+    usual = (2600, 700) if settings["data"] in BUILT_IN else (10_000, 10_000)
+    options.codec_steps, options.steps = options.codec_steps or usual[0], options.steps or usual[1]
     recordings = open_data(settings, options.run)
     if options.command == "train":
         settings["condition"] = choose_condition(settings, recordings)
@@ -2931,25 +2974,12 @@ def command_train(options, given, device):
                     settings=settings, minutes=options.minutes or math.inf,
                     without=settings["without"])
     if rank == 0:
-        run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(4))   # four
-        x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(), seed,
-                               **run.conditions(labels, curves))
-        length = round(recordings.seconds * recordings.sample_rate)
-        real = [recordings.audio(i, at * codec.hop, length) for i, at in zip(
-            data.valid[:len(x)].tolist(), data.start.tolist())]
-        kinds = {"real": real, "codec": run.decode(latents), "generated": run.decode(x)}
-        write_sounds(run, options.run / "samples", [
-            (f"{kind}_{i}", "", labels[i], audio[i])
-            for i in range(len(x)) for kind, audio in kinds.items()], path)
-        # Two halves of two, at least: one to compare with, one for the floor.
-        if len(data.valid) >= 4:
-            command_evaluate(options, run)
+        first_sounds(options, recordings, data, device)
 
 
 def plot_schedule(objective, steps, **levels):
     """Print where the grids' steps lie, sigma/alpha from 0.001 to 100; digits count what meets.
-
-    Lifts out with: karras_times, linear_times, noise_ramp, polyexponential_times, schedule.
+    Lifts out with: the whole program.
     """
     print(f"noise levels sigma / alpha of {steps} steps\n{'':16}" + "".join(
         f"{10.0 ** power:<12g}" for power in range(-3, 3)))                # 12 places to a decade
@@ -2966,8 +2996,8 @@ def match_envelope(draw, shape, seed, decode, hop, target, steps=30, lr=0.1):
     """Noise [B, C, L] = shape whose sounds have the envelope of target [1, T], found by DITTO.
 
     draw: noise -> latents [B, C, L]; decode: latents -> audio [B, T]. The loss is the squared error
-    over that of silence; `steps` of Adam. Lifts out with: envelope, optimise_noise,
-    standard_normal.
+    over that of silence; `steps` of Adam.
+    Lifts out with: envelope, optimise_noise, standard_normal.
     """
     wanted, said = envelope(target, hop), []                                   # [1, L]
 
@@ -2990,10 +3020,11 @@ def match_envelope(draw, shape, seed, decode, hop, target, steps=30, lr=0.1):
 def check_sample(options, given, run):
     """ValueError for what this run cannot do, or what means nothing. Lifts out with: nothing."""
     condition, sources = run.settings["condition"], run.settings["sources"]
-    asked = sorted(given & {"pitch", "velocity", "source", "negative_pitch"})
+    first = lambda names: "--" + min(names).replace("_", "-")
+    asked = given & {"pitch", "velocity", "source", "negative_pitch"}
     if asked and condition != "note":
-        raise ValueError(f"{run.folder} was trained with --condition {condition}: "
-                         f"it takes no --{asked[0].replace('_', '-')}")
+        raise ValueError(f"{run.folder} was trained with --condition {condition}: it takes no "
+                         f"{first(asked)}")
     if options.midi and condition != "control":
         raise ValueError(f"{run.folder} was trained with --condition {condition}; --midi needs the "
                          "envelope and pitch curves of --condition control")
@@ -3006,80 +3037,92 @@ def check_sample(options, given, run):
                          "give one of them")
     if options.match and options.init_noise == 0:
         raise ValueError("--match changes the noise, and --init-noise 0 has none: give it more")
-    shaped = sorted(given & {"sigma_min", "sigma_max", "rho"})
+    shaped = given & {"sigma_min", "sigma_max", "rho"}
     if options.schedule == "linear" and shaped and not options.plot_schedule:
-        raise ValueError(f"--{shaped[0].replace('_', '-')} shapes --schedule karras and "
-                         "polyexponential; linear has no use for it")
+        raise ValueError(f"{first(shaped)} shapes --schedule karras and polyexponential; linear "
+                         "has no use for it")
 
 
-def midi_score(path, run):
-    """The curves [2, L] of a MIDI file for a Run. ValueError if it holds no notes.
-
-    Lifts out with: midi_curves, midi_events, read_midi.
+def asked_for(options, run):
+    """What the options ask of a Run: labels [B, K], curves [2, L] (NaN: any), init, latents [B, C,
+    L] to start from, or None, and keep [L], which of its frames stay, or None. ValueError for a
+    MIDI file without notes. Lifts out with: the whole program.
     """
-    notes, frame = read_midi(path), run.codec.hop / run.codec.sample_rate
-    if not notes or not run.settings["touch"]:
-        raise ValueError(f"{path}: {len(notes)} notes; expected some, and a run of pitched sounds")
-    last = max(end for _, end, _, _ in notes) + 1                  # and a second to die away
-    return midi_curves(notes, math.ceil(last / frame), frame, *run.settings["touch"])
+    s, codec, init, keep = run.settings, run.codec, None, None
+    velocity = -1 if options.velocity is None else options.velocity
+    source = [None, *s["sources"]].index(options.source) - 1             # None becomes -1
+    labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
+                           for _ in range(options.count or 1)])
+    frames, frame = s["frames"], codec.hop / codec.sample_rate           # how many, and seconds
+    if options.seconds:
+        frames = codec.frames(round(options.seconds * codec.sample_rate))
+    if options.init_audio:
+        audio = load_audio(options.init_audio, codec.sample_rate)[None].to(run.device)   # [1, T]
+        init = ((codec.encode(audio) - run.mean) / run.std).expand(len(labels), -1, -1)
+        frames = init.shape[2]
+    curves = torch.full((2, frames), math.nan)
+    if options.midi:
+        notes = read_midi(options.midi)
+        if not notes or not s["touch"]:
+            raise ValueError(f"{options.midi}: {len(notes)} notes; expected some, and a run of "
+                             "pitched sounds")
+        last = max(end for _, end, _, _ in notes) + 1              # and a second to die away
+        curves = midi_curves(notes, math.ceil(last / frame), frame, *s["touch"])
+    if options.keep:
+        second = torch.arange(frames, device=run.device) * codec.hop / codec.sample_rate
+        keep = (second >= options.keep[0]) & (second < options.keep[1])
+    return labels, curves, init, keep
+
+
+def guided_net(options, run, count):
+    """A Run's network with the guidance asked for, for `count` sounds at once.
+    Lifts out with: the whole program.
+    """
+    negative, interval = None, options.cfg_interval
+    if options.negative_pitch is not None:
+        away = torch.tensor([options.negative_pitch, -1, -1], device=run.device)
+        negative = {"labels": away.expand(count, -1)}
+    if interval and isinstance(run.objective, EDM):
+        interval = [math.log(max(t, 1e-9)) / 4 for t in interval]  # EDM's net is told ln(t)/4
+    return GuidedNet(run.net, options.cfg, options.rescale, interval, negative)
 
 
 def command_sample(options, given, device):
     """sample: sounds from a trained run. Lifts out with: the whole program."""
     run = Run(options.run, device)
-    s, codec, edm = run.settings, run.codec, isinstance(run.objective, EDM)
+    codec, edm = run.codec, isinstance(run.objective, EDM)
     name, steps = run.sampler(options.sampler, options.steps)
     # dpmpp_3m_sde wants steps of like sizes in log-SNR.
     options.schedule = options.schedule or ("polyexponential" if name == "dpmpp_3m_sde" else
                                             "karras" if edm else "linear")
     check_sample(options, given, run)
-    velocity = -1 if options.velocity is None else options.velocity
-    source = [None, *s["sources"]].index(options.source) - 1             # None becomes -1
-    labels = torch.tensor([[pitch, velocity, source] for pitch in options.pitch or [-1]
-                           for _ in range(options.count or 1)])                   # [B, K]
-    frames, init, keep, negative, interval = s["frames"], None, None, None, options.cfg_interval
-    if options.seconds:
-        frames = codec.frames(round(options.seconds * codec.sample_rate))
-    load = lambda path: load_audio(path, codec.sample_rate)[None].to(device)             # [1, T]
-    if options.init_audio:
-        init = (codec.encode(load(options.init_audio)) - run.mean) / run.std             # [1, C, L]
-        init, frames = init.expand(len(labels), -1, -1), init.shape[2]
-    curves = torch.full((2, frames), math.nan)
-    if options.midi:
-        curves = midi_score(options.midi, run)
-        frames = curves.shape[1]
-    if options.keep:
-        second = torch.arange(frames, device=device) * codec.hop / codec.sample_rate
-        keep = (second >= options.keep[0]) & (second < options.keep[1])                  # [L]
-    if options.negative_pitch is not None:
-        away = torch.tensor([[options.negative_pitch, -1, -1]], device=device)
-        negative = {"labels": away.expand(len(labels), -1)}
     if edm:
         run.objective = EDM(sigma_max=options.sigma_max)           # where sampling starts
-        interval = interval and [math.log(max(t, 1e-9)) / 4 for t in interval]   # as the net sees t
-    net, shape = GuidedNet(run.net, options.cfg, options.rescale, interval, negative), (
-        len(labels), s["channels"], frames)
+    labels, curves, init, keep = asked_for(options, run)
+    net, curves = guided_net(options, run, len(labels)), curves.expand(len(labels), -1, -1)
+    shape = len(labels), run.settings["channels"], curves.shape[2]
     levels = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max, "rho": options.rho}
     if options.plot_schedule:
         plot_schedule(run.objective, steps, **levels)
-    how = {"eta": options.eta, "init": init, "init_noise": options.init_noise, "keep": keep,
-           "times": None if options.init_noise == 0 else schedule(
-               run.objective, options.schedule, steps, options.init_noise, **levels),
-           **run.conditions(labels, curves.expand(len(labels), -1, -1))}
-    noise = options.match and match_envelope(
-        lambda noise: generate(net, run.objective, shape, name, steps, options.seed, noise=noise,
-                               **how),
-        shape, options.seed, lambda x: codec.decode(x * run.std + run.mean), codec.hop,
-        load(options.match))
+    times = None if options.init_noise == 0 else schedule(
+        run.objective, options.schedule, steps, options.init_noise, **levels)
+    how = {"times": times, "eta": options.eta, "init": init, "init_noise": options.init_noise,
+           "keep": keep, **run.conditions(labels, curves)}
+    noise = None
+    if options.match:
+        draw = lambda noise: generate(net, run.objective, shape, name, steps, options.seed,
+                                      noise=noise, **how)
+        play = lambda x: codec.decode(x * run.std + run.mean)
+        target = load_audio(options.match, codec.sample_rate)[None].to(device)           # [1, T]
+        noise = match_envelope(draw, shape, options.seed, play, codec.hop, target)
     x, path = run.generate(net, shape, name, steps, options.seed, noise=noise, **how)
-    names = [f"sample_{options.seed + i}" + (f"_pitch_{p}" if p >= 0 else "")
-             for i, p in enumerate(labels[:, 0].tolist())]
-    text, audio = itertools.repeat(f"w = {options.cfg:g}, {name} {steps}"), run.decode(x)
-    write_sounds(run, options.out or run.folder / "samples", [*zip(names, text, labels, audio)],
-                 path)
+    text, audio = f"w = {options.cfg:g}, {name} {steps}", run.decode(x)
+    names = [f"sample_{options.seed + i}" + f"_pitch_{pitch}" * (pitch >= 0)
+             for i, pitch in enumerate(labels[:, 0].tolist())]
+    write_sounds(run, options.out or run.folder / "samples",
+                 [(names[i], text, labels[i], audio[i]) for i in range(len(x))], path)
     if options.midi:
-        figures = measure(audio, codec.sample_rate, codec.hop,
-                          curves=curves.expand(len(audio), -1, -1))
+        figures = measure(audio, codec.sample_rate, codec.hop, curves=curves)
         print(f"{options.midi}: " + ", ".join(f"{k} {figures[k]:.3f}" for k in FOLLOWING))
 
 
@@ -3099,7 +3142,8 @@ def main(argv=None):
         data = os.path.basename(os.path.abspath(options.data))
         options.run = options.run or pathlib.Path("runs") / data
         if options.command == "evaluate":
-            command_evaluate(options, Run(options.run, device))
+            evaluate(Run(options.run, device), options.count or 185, options.seed,   # the usual
+                     options.sampler, options.steps, options.more)
         elif options.command == "sample":
             command_sample(options, given, device)
         else:
