@@ -1524,7 +1524,7 @@ def download(url, path, size, sha256, attempts=5, timeout=30.0):
     all. Whichever it was, the bytes are checked: who reads them afterwards knows what they hold.
 
     Raises ValueError after `attempts` tries in a row without a new byte (timeout in seconds each),
-    or if size or SHA-256 is another. Lifts out with: Progress.
+    or if the SHA-256 is another. Lifts out with: Progress.
     """
     path, failures = pathlib.Path(path), 0
     path.touch()
@@ -1544,7 +1544,7 @@ def download(url, path, size, sha256, attempts=5, timeout=30.0):
     if have < size:
         raise ValueError(f"{url}: {why}; {have:,} of {size:,} bytes are kept, run the same again")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if have != size or digest != sha256:
+    if digest != sha256:
         raise ValueError(f"{path}: {have:,} bytes with SHA-256 {digest}, expected {size:,} with "
                          f"{sha256}; delete it and run the same again")
 
@@ -1785,14 +1785,16 @@ class LatentDataset:
 # one that was not. write_file sees to it that at any moment the old or the new state is whole.
 #
 # More than one GPU. `torchrun --nproc-per-node 2 -- minidiff.py train` starts this program once for
-# each GPU. Each process ("rank") has the same weights. DistributedDataParallel (DDP) waits in every
-# backward pass until the gradients of all ranks are there, and gives each rank their mean; so all
-# take the same step, and the weights stay the same. For this to be the training of one process, the
-# ranks' items must make up its batch. So each rank draws the *whole* batch, with its times, noise
-# and dropped conditions, from a generator of the same seed, and gives its network every N-th item:
-# rank 0 the items 0, N, 2N, ..., rank 1 the items 1, N + 1, ... To draw costs little, the network
-# nearly all. The mean of the ranks' gradients is then that of the whole batch, whatever N is, and
-# rank 0, which alone writes, saves a generator's state that resumes the run on any number of GPUs.
+# each GPU. One of these processes, "rank" 0, trains the codec and encodes, while the others wait;
+# the diffusion model all train together. Each has the same weights. DistributedDataParallel (DDP)
+# waits in every backward pass until the gradients of all ranks are there, and gives each rank their
+# mean: all take the same step, and the weights stay the same. For this to be the training of one
+# process, the ranks' items must make up its batch. So each rank draws the *whole* batch, with its
+# times, noise and dropped conditions, from a generator of the same seed, and gives its network
+# every N-th item: rank 0 the items 0, N, 2N, ..., rank 1 the items 1, N + 1, ... To draw costs
+# little, the network nearly all. The mean of the gradients is then that of the whole batch,
+# whatever N is, and rank 0, which alone writes, saves a generator's state that resumes the run on
+# any number of GPUs.
 #
 # Try: `python minidiff.py train --run runs/bare --without ema`, which takes the last weights; copy
 # codec.pt from runs/plucks into runs/bare first, and the codec is not trained again. Compare the

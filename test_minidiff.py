@@ -711,6 +711,21 @@ def test_progress(monkeypatch, capsys):
         assert capsys.readouterr().err == line
 
 
+def test_postponed_interrupt():
+    """The first Ctrl-C is noted, the second interrupts, and then the old handler is back; in a thread there is nothing to note."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), m.postponed_interrupt() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    entered = []
+    thread = threading.Thread(target=lambda: entered.append(m.postponed_interrupt().__enter__()))
+    thread.start()
+    thread.join()
+    assert entered == [[]]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eleven NSynth-like notes of 0.4 s in two folders, and files that are no notes."""
