@@ -872,6 +872,40 @@ def note_pitch(track):
     return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
 
 
+FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
+
+
+def measure(audio, rate, hop, pitch=None, curves=None):
+    """Level, brightness, and how well audio [B, T] does what was asked: a dict of means over B.
+
+    level_db; centroid_hz, the middle of the spectrum. pitch [B], MIDI: pitch_accuracy, the share
+    within 50 cents; unvoiced is wrong. curves [B, 2, L], envelope and octaves from C4 every `hop`
+    samples: envelope_correlation and, of the frames that should be voiced, voiced_within_50_cents.
+    Lifts out with: envelope, note_pitch, pitch_track.
+    """
+    def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
+        return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
+
+    level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
+    size, hertz = 1024, torch.fft.rfftfreq(1024, 1 / rate)         # 1024: 1/16 s at 16 kHz
+    spectrum = torch.stft(audio, size, window=torch.hann_window(size), pad_mode="constant",
+                          return_complex=True).abs().mean(2)                             # [B, f]
+    centroid = (spectrum * hertz).sum(1) / spectrum.sum(1).clamp_min(1e-12)    # silence: not 0/0
+    figures = {"level_db": level.mean().item(), "centroid_hz": centroid.mean().item()}
+    if pitch is not None:
+        low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
+        found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
+        figures["pitch_accuracy"] = ((found - pitch).abs() < 0.5).float().mean().item()
+    if curves is not None:
+        (wanted, octave), L = curves.cpu().unbind(1), curves.shape[2]                    # [B, L]
+        both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
+        asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
+        close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
+        follows = torch.corrcoef(both)[0, 1].item(), close.float().mean().item()
+        figures |= dict(zip(FOLLOWING, follows))
+    return figures
+
+
 def midi_events(track):
     """Yield (tick, status, data) of each event in a MIDI track's bytes. Lifts out with: nothing."""
     left, tick, running = list(reversed(track)), 0, 0                  # left.pop() is the next byte
@@ -1657,10 +1691,9 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
     """Encode all recordings into folder/frames.bin and index.json; goes on where it was cut off.
 
     A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
-    out, pitch as recorded, labels] of each recording. Latents of another codec or of other data are
-    replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the other arguments see
-    encode_pieces. Lifts out with: Interrupt, Progress, encode_pieces, envelope, note_pitch,
-    pitch_track, read_json, write_file, write_json.
+    out, figures as recorded, labels] of each recording. Latents of another codec or of other data
+    are replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the other arguments see
+    encode_pieces. Lifts out with: the whole program.
     """
     store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
     N = len(recordings)
@@ -1685,12 +1718,12 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
             frames += len(rows)
             if not last:
                 continue
-            # What a held-out note measures as recorded, 60 times a second: `evaluate`'s ceiling.
-            held, label, pitch = bool(recordings.valid[i]), recordings.labels[i].tolist(), math.nan
-            if held and label[0] >= 0:
-                pitch = note_pitch(pitch_track(sound[None], rate, hop=round(rate / 60))).item()
-            pitch = None if math.isnan(pitch) else pitch
-            items.append([recordings.names[i], frames, held, pitch, label])
+            # How a held-out note is as recorded (a long one's end): `evaluate` compares with it.
+            held, label, figures = bool(recordings.valid[i]), recordings.labels[i].tolist(), None
+            if held:
+                pitch = torch.tensor(label[:1]) if label[0] >= 0 else None
+                figures = measure(sound[None], rate, codec.hop, pitch)
+            items.append([recordings.names[i], frames, held, figures, label])
             progress(len(items))
             frames = 0
             if len(items) == N or stop.asked or time.monotonic() - saved > 20:           # seconds
@@ -1718,7 +1751,7 @@ class LatentDataset:
         # c: a map that would take changes, and forget them. torch wants one, and none are made.
         flat = np.memmap(pathlib.Path(folder, "frames.bin"), np.float32, "c")
         flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
-        self.names, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
+        self.names, lengths, held, self.recorded, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
         trained, total, squares = np.repeat(~held.numpy(), lengths.numpy()), 0.0, 0.0
@@ -2482,40 +2515,6 @@ def frechet_distance(a, b):
     return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
 
 
-FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
-
-
-def measure(audio, rate, hop, pitch=None, curves=None):
-    """Level, brightness, and how well audio [B, T] does what was asked: a dict of means over B.
-
-    level_db; centroid_hz, the middle of the spectrum. pitch [B], MIDI: pitch_accuracy, the share
-    within 50 cents; unvoiced is wrong. curves [B, 2, L], envelope and octaves from C4 every `hop`
-    samples: envelope_correlation and, of the frames that should be voiced, voiced_within_50_cents.
-    Lifts out with: envelope, note_pitch, pitch_track.
-    """
-    def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
-        return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
-
-    level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
-    size, hertz = 1024, torch.fft.rfftfreq(1024, 1 / rate)         # 1024: 1/16 s at 16 kHz
-    spectrum = torch.stft(audio, size, window=torch.hann_window(size), pad_mode="constant",
-                          return_complex=True).abs().mean(2)                             # [B, f]
-    centroid = (spectrum * hertz).sum(1) / spectrum.sum(1).clamp_min(1e-12)    # silence: not 0/0
-    figures = {"level_db": level.mean().item(), "centroid_hz": centroid.mean().item()}
-    if pitch is not None:
-        low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
-        found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
-        figures["pitch_accuracy"] = ((found - pitch).abs() < 0.5).float().mean().item()
-    if curves is not None:
-        (wanted, octave), L = curves.cpu().unbind(1), curves.shape[2]                    # [B, L]
-        both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
-        asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
-        close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
-        follows = torch.corrcoef(both)[0, 1].item(), close.float().mean().item()
-        figures |= dict(zip(FOLLOWING, follows))
-    return figures
-
-
 class Comparison:
     """Held-out sounds of a Run, halved: generated ones get B's conditions and are compared with A.
 
@@ -2536,12 +2535,22 @@ class Comparison:
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
         self.A, _, _ = self.data.held_out(pick[0::2])
         self.B, labels, curves = self.data.held_out(pick[1::2])
-        self.cond, pitch, self.real = run.conditions(labels, curves), None, None
-        if (labels[:, 0] >= 0).all():
-            pitch = labels[:, 0].cpu()
-            heard = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
-            self.real = np.mean(np.abs(heard - pitch.numpy()) < 0.5).item()
+        self.cond = run.conditions(labels, curves)
+        pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
         self.asked = {"pitch": pitch, "curves": curves}
+        recorded = [self.data.recorded[i] for i in valid[pick[1::2]].tolist()]
+        self.real = {name: np.mean([figures[name] for figures in recorded]).item()
+                     for name in recorded[0] if pitch is not None or name != "pitch_accuracy"}
+
+    def line(self, into, key, title, figures):
+        """Print what is known of some sounds, and keep it as into[figure][key]."""
+        columns = (("pitch_accuracy", ".3f"), ("frechet", ".3f"), ("level_db", ".1f"),
+                   ("centroid_hz", ".0f"))
+        cells = (format(figures[name], form) if name in figures else "-" for name, form in columns)
+        print(f"{title:26}", *(f"{cell:>9}" for cell in cells),
+              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        for figure, value in figures.items():
+            into.setdefault(figure, {})[key] = value
 
     def row(self, into, key, title, asked, w, sampler, steps, **how):
         """Draw N sounds, print a line of figures, keep each as into[figure][key].
@@ -2563,12 +2572,7 @@ class Comparison:
         features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
         figures = {"frechet": frechet_distance(features(x), features(self.A)),
                    **measure(audio, codec.sample_rate, codec.hop, **asked)}
-        for figure, value in figures.items():
-            into.setdefault(figure, {})[key] = value
-        tune = f"{figures['pitch_accuracy']:.3f}" if "pitch_accuracy" in figures else "-"
-        print(f"{title:26}{tune:>9}{figures['frechet']:9.3f}{figures['level_db']:10.1f}"
-              f"{figures['centroid_hz']:10.0f}",
-              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        self.line(into, key, title, figures)
         return x, {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
                    "real_time_factor": run.settings["seconds"] / each}
 
@@ -2604,15 +2608,15 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
     B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
     result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
-              "pitch_accuracy": {}, "pitch_accuracy_real": test.real}
+              "pitch_accuracy": {}}
     print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
-          f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
-    if test.real is not None:
-        print(f"{'real':26}{test.real:9.3f}")
+          f"{'':26}   in tune   Frechet  level dB centre Hz")
+    test.line(result, "real", "real", test.real)
     # To start from real latents with no noise on them is to leave them as they are.
     test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
              init=B, init_noise=0)
-    result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
+    for kind in "real", "codec":
+        result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
     result["frechet_floor"] = result["frechet"].pop("codec")
     run.net(B, B.new_ones(len(B)), **cond)                    # the first call is slow and not timed
     x, costs = test.row(result, "1", "generated, w = 1", asked, 1.0, name, steps, **cond)
