@@ -122,8 +122,8 @@ from torch.utils.checkpoint import checkpoint
 # one ideal denoiser serves all, after a change of scale and of clock (`time_at`). The README says
 # which of these others call v, and with which sign.
 #
-# Try: `python minidiff.py train --objective edm --run runs/edm`, and `evaluate --run runs/edm`. In
-# the README, after 1,200 steps, 0.989 of EDM's notes are in tune at w = 1 (rectified flow: 0.978).
+# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 0.995 of EDM's notes
+# are in tune at w = 1, and 0.989 of rectified flow's: one note of 185.
 
 
 def expand(t, x):
@@ -335,8 +335,8 @@ class EDM(NoisingProcess):
 # middle of the way, where it helps most [6].
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43 60`, with `--cfg 1` and `--cfg 3`.
-# More is not simply better: in the README 0.978 and 1.000 of the notes are in tune, but the
-# distance to real notes (chapter 10) goes from 0.699 to 1.609. At the default, w = 2, it is 0.483.
+# More is not simply better: in the README 0.989 and 1.000 of the notes are in tune, but the
+# distance to real notes (chapter 10) goes from 0.705 to 2.433. At the default, w = 2, it is 0.779.
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
@@ -423,7 +423,7 @@ def classifier_guidance(objective, denoise, log_likelihood):
 # the ODE, eta = 1 the SDE.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --sampler heun --steps 4`, which is 7
-# evaluations. In the README, 0.995 of such notes are in tune, as many as with 16 steps of Euler.
+# evaluations. In the README all such notes are in tune, as they are after 16 steps of Euler.
 
 
 def euler(velocity, x, times, callback=None):
@@ -710,7 +710,7 @@ class UNet1d(nn.Module):
 # the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
-# in the README's demo such a note was heard at 42.97, 3 cents low.
+# in the README's demo such a note was heard at 42.98, 2 cents low.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -869,6 +869,40 @@ def pitch_track(audio, sample_rate, hop, low=34.0, high=100.0, finer=4):
 def note_pitch(track):
     """The voiced median of a note, NaN if unvoiced: [B, L] -> [B]. Lifts out with: nothing."""
     return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
+
+
+FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
+
+
+def measure(audio, rate, hop, pitch=None, curves=None):
+    """Level, brightness, and how well audio [B, T] does what was asked: a dict of means over B.
+
+    level_db; centroid_hz, the middle of the spectrum. pitch [B], MIDI: pitch_accuracy, the share
+    within 50 cents; unvoiced is wrong. curves [B, 2, L], envelope and octaves from C4 every `hop`
+    samples: envelope_correlation and, of the frames that should be voiced, voiced_within_50_cents.
+    Lifts out with: envelope, note_pitch, pitch_track.
+    """
+    def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
+        return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
+
+    level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
+    size, hertz = 1024, torch.fft.rfftfreq(1024, 1 / rate)         # 1024: 1/16 s at 16 kHz
+    spectrum = torch.stft(audio, size, window=torch.hann_window(size), pad_mode="constant",
+                          return_complex=True).abs().mean(2)                             # [B, f]
+    centroid = (spectrum * hertz).sum(1) / spectrum.sum(1).clamp_min(1e-12)    # silence: not 0/0
+    figures = {"level_db": level.mean().item(), "centroid_hz": centroid.mean().item()}
+    if pitch is not None:
+        low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
+        found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
+        figures["pitch_accuracy"] = ((found - pitch).abs() < 0.5).float().mean().item()
+    if curves is not None:
+        (wanted, octave), L = curves.cpu().unbind(1), curves.shape[2]                    # [B, L]
+        both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
+        asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
+        close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
+        follows = torch.corrcoef(both)[0, 1].item(), close.float().mean().item()
+        figures |= dict(zip(FOLLOWING, follows))
+    return figures
 
 
 def midi_events(track):
@@ -1659,9 +1693,9 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
     """Encode all recordings into folder/frames.bin and index.json; goes on where it was cut off.
 
     A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
-    out, pitch as recorded, labels] of each recording whose rows are on the disk. Latents of another
-    codec or of other data are replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C. For the
-    other arguments see encode_pieces. Lifts out with: the whole program.
+    out, figures as recorded, labels] of each recording whose rows are on the disk. Latents of
+    another codec or of other data are replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C.
+    For the other arguments see encode_pieces. Lifts out with: the whole program.
     """
     store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
     made_from = [recordings.made_from, codec.made_from, recordings.seconds, curves]
@@ -1682,12 +1716,12 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
             file.write(rows)
             if not L:
                 continue
-            # What a held-out note measures as recorded, 60 times a second: `evaluate`'s ceiling.
-            held, label, pitch = bool(recordings.valid[i]), recordings.labels[i].tolist(), math.nan
-            if held and label[0] >= 0:
-                pitch = note_pitch(pitch_track(sound[None], rate, hop=round(rate / 60))).item()
-            pitch = None if math.isnan(pitch) else pitch
-            items.append([recordings.names[i], L, held, pitch, label])
+            # How a held-out note is as recorded (a long one's end): `evaluate` compares with it.
+            held, label, figures = bool(recordings.valid[i]), recordings.labels[i].tolist(), None
+            if held:
+                pitch = torch.tensor(label[:1]) if label[0] >= 0 else None
+                figures = measure(sound[None], rate, codec.hop, pitch)
+            items.append([recordings.names[i], L, held, figures, label])
             progress(len(items))
             if len(items) == N or interrupt or time.monotonic() - saved > 20:            # seconds
                 file.flush()
@@ -1716,7 +1750,7 @@ class LatentDataset:
         # torch insists on and nobody does.
         flat = np.memmap(pathlib.Path(folder, "frames.bin"), np.float32, "c")
         flat = flat.reshape(-1, index["width"])                               # [frames, C or C + 2]
-        _, lengths, held, self.pitch, labels = map(list, zip(*index["items"]))
+        _, lengths, held, self.recorded, labels = map(list, zip(*index["items"]))
         held, lengths = torch.tensor(held), torch.tensor(lengths)
         self.frames, self.channels, self.device = frames, channels, device
         trained, total, squares = np.repeat(~held.numpy(), lengths.numpy()), 0.0, 0.0
@@ -2496,40 +2530,6 @@ def frechet_distance(a, b):
     return max(0.0, (means + c1.trace() + c2.trace() - 2 * cross).item())
 
 
-FOLLOWING = "envelope_correlation", "voiced_within_50_cents"
-
-
-def measure(audio, rate, hop, pitch=None, curves=None):
-    """Level, brightness, and how well audio [B, T] does what was asked: a dict of means over B.
-
-    level_db; centroid_hz, the middle of the spectrum. pitch [B], MIDI: pitch_accuracy, the share
-    within 50 cents; unvoiced is wrong. curves [B, 2, L], envelope and octaves from C4 every `hop`
-    samples: envelope_correlation and, of the frames that should be voiced, voiced_within_50_cents.
-    Lifts out with: envelope, note_pitch, pitch_track.
-    """
-    def track(hop, low=34.0, batch=16):                            # a few at a time, for memory
-        return torch.cat([pitch_track(part, rate, hop, low) for part in audio.split(batch)])
-
-    level = 10 * audio.square().mean(1).clamp_min(1e-12).log10()   # decibels of a power, [B]
-    size, hertz = 1024, torch.fft.rfftfreq(1024, 1 / rate)         # 1024: 1/16 s at 16 kHz
-    spectrum = torch.stft(audio, size, window=torch.hann_window(size), pad_mode="constant",
-                          return_complex=True).abs().mean(2)                             # [B, f]
-    centroid = (spectrum * hertz).sum(1) / spectrum.sum(1).clamp_min(1e-12)    # silence: not 0/0
-    figures = {"level_db": level.mean().item(), "centroid_hz": centroid.mean().item()}
-    if pitch is not None:
-        low = max(20.0, pitch.min().item() - 14)                   # an octave too low is heard too
-        found = note_pitch(track(round(rate / 60), low))           # 60 frames a second
-        figures["pitch_accuracy"] = ((found - pitch).abs() < 0.5).float().mean().item()
-    if curves is not None:
-        (wanted, octave), L = curves.cpu().unbind(1), curves.shape[2]                    # [B, L]
-        both = torch.stack([envelope(audio, hop)[:, :L].flatten(), wanted.flatten()])
-        asked = octave * 12 + 60                                   # back to MIDI; unvoiced was 0
-        close = ((track(hop)[:, :L] - asked).abs() < 0.5)[asked > 1]
-        follows = torch.corrcoef(both)[0, 1].item(), close.float().mean().item()
-        figures |= dict(zip(FOLLOWING, follows))
-    return figures
-
-
 class Comparison:
     """Held-out sounds of a Run, halved: generated ones get B's conditions and are compared with A.
 
@@ -2550,12 +2550,22 @@ class Comparison:
         pick = torch.linspace(0, len(valid) - 1, 2 * self.N).round().long().to(run.device)
         self.A, _, _ = self.data.held_out(pick[0::2])
         self.B, labels, curves = self.data.held_out(pick[1::2])
-        self.cond, pitch, self.real = run.conditions(labels, curves), None, None
-        if (labels[:, 0] >= 0).all():
-            pitch = labels[:, 0].cpu()
-            heard = [self.data.pitch[i] or math.nan for i in valid[pick[1::2]].tolist()]
-            self.real = np.mean(np.abs(heard - pitch.numpy()) < 0.5).item()
+        self.cond = run.conditions(labels, curves)
+        pitch = labels[:, 0].cpu() if (labels[:, 0] >= 0).all() else None
         self.asked = {"pitch": pitch, "curves": curves}
+        recorded = [self.data.recorded[i] for i in valid[pick[1::2]].tolist()]
+        self.real = {name: np.mean([figures[name] for figures in recorded]).item()
+                     for name in recorded[0] if pitch is not None or name != "pitch_accuracy"}
+
+    def line(self, into, key, title, figures):
+        """Print what is known of some sounds, and keep it as into[figure][key]."""
+        columns = (("pitch_accuracy", ".3f"), ("frechet", ".3f"), ("level_db", ".1f"),
+                   ("centroid_hz", ".0f"))
+        cells = (format(figures[name], form) if name in figures else "-" for name, form in columns)
+        print(f"{title:26}", *(f"{cell:>9}" for cell in cells),
+              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        for figure, value in figures.items():
+            into.setdefault(figure, {})[key] = value
 
     def row(self, into, key, title, asked, w, sampler, steps, **how):
         """Draw N sounds, print a line of figures, keep each as into[figure][key].
@@ -2577,12 +2587,7 @@ class Comparison:
         features = lambda x: torch.cat([x.mean(2), x.std(2).nan_to_num()], dim=1)  # NaN: one frame
         figures = {"frechet": frechet_distance(features(x), features(self.A)),
                    **measure(audio, codec.sample_rate, codec.hop, **asked)}
-        for figure, value in figures.items():
-            into.setdefault(figure, {})[key] = value
-        tune = f"{figures['pitch_accuracy']:.3f}" if "pitch_accuracy" in figures else "-"
-        print(f"{title:26}{tune:>9}{figures['frechet']:9.3f}{figures['level_db']:10.1f}"
-              f"{figures['centroid_hz']:10.0f}",
-              *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
+        self.line(into, key, title, figures)
         return x, {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
                    "real_time_factor": run.settings["seconds"] / each}
 
@@ -2618,15 +2623,15 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
     B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
     result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
-              "pitch_accuracy": {}, "pitch_accuracy_real": test.real}
+              "pitch_accuracy": {}}
     print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
-          f"{'':26}{'in tune':>9}{'Frechet':>9}{'level dB':>10}{'centre Hz':>10}")
-    if test.real is not None:
-        print(f"{'real':26}{test.real:9.3f}")
+          f"{'':26}   in tune   Frechet  level dB centre Hz")
+    test.line(result, "real", "real", test.real)
     # To start from real latents with no noise on them is to leave them as they are.
     test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
              init=B, init_noise=0)
-    result["pitch_accuracy_codec"] = result["pitch_accuracy"].pop("codec", None)
+    for kind in "real", "codec":
+        result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
     result["frechet_floor"] = result["frechet"].pop("codec")
     run.net(B, B.new_ones(len(B)), **cond)                    # the first call is slow and not timed
     x, costs = test.row(result, "1", "generated, w = 1", asked, 1.0, name, steps, **cond)
