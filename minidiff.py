@@ -1587,7 +1587,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
     """NSynth's guitars as mp3, 335 MB: downloads, checks, unpacks; returns the folder of notes.
 
     Unpacks beside the target and renames at the end: half a set never looks like a whole one.
-    Raises ValueError as `download` does, before anything is unpacked.
+    Raises ValueError as `download` does, and for more than 4 GB, before anything is unpacked.
     Lifts out with: Progress, download.
     """
     target, archive, fresh = (pathlib.Path(folder, name) for name in
@@ -1599,6 +1599,8 @@ def download_nsynth(folder="data", url=NSYNTH_URL, size=NSYNTH_SIZE, sha256=NSYN
     shutil.rmtree(fresh, ignore_errors=True)
     with zipfile.ZipFile(archive) as bundle:
         entries = bundle.infolist()
+        if sum(entry.file_size for entry in entries) > 4e9:                              # 4 GB
+            raise ValueError(f"{archive}: more than 4 GB inside; nothing unpacked")
         progress = Progress("unpacking", len(entries))
         for done, entry in enumerate(entries, 1):
             bundle.extract(entry, fresh)                     # what would leave the folder, stays in

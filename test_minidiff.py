@@ -606,6 +606,17 @@ def test_snake_vae_lengths_and_range():
     assert (unit(x) - x).std(2).max() < 0.02                        # the identity and a constant, at first
 
 
+def test_no_buzz_at_the_rate_of_the_strides():
+    """Transposed convolutions with equal weights make a constant of a constant: every sample has equally many inputs."""
+    for strides in ((4, 4, 4, 4), (2, 3, 5)):
+        layers = [layer for layer in m.SnakeVAE(16_000, strides=strides, width=8).decoder if isinstance(layer, torch.nn.ConvTranspose1d)]
+        assert [layer.stride for layer in layers] == [(s,) for s in reversed(strides)]
+        for layer in layers:
+            torch.nn.init.ones_(layer.weight)
+            y = layer(torch.ones(1, layer.in_channels, 20))[..., 10:-10]
+            assert y.unique(dim=2).shape[2] == 1
+
+
 def test_kl_divergence():
     """Against torch.distributions; N(1, 1): 0.5 nats; equal to N(0, 1): 0."""
     mean, log_variance = torch.randn(2, 3, 4, 5, generator=seeded())
@@ -842,7 +853,7 @@ def test_odd_files(tmp_path, capfd):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves self.server.data; `mood` truncates once, ignores ranges, or sends other bytes."""
+    """Serves self.server.data; by its `mood` it truncates, stalls or resets once, ignores ranges, or sends other bytes."""
 
     def do_GET(self):
         data, mood = self.server.data, self.server.mood
@@ -852,9 +863,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = data[start:] if mood != "wrong" else b"x" * len(data)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if mood == "truncates" and start == 0:
-            body = body[:len(body) // 2]
-        self.wfile.write(body)
+        once = len(self.server.asked) == 1 and mood in ("truncates", "stalls", "resets")
+        self.wfile.write(body[:len(body) // 2] if once else body)
+        if once and mood == "stalls":
+            time.sleep(1)
+        if once and mood == "resets":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def log_message(self, *_):
         pass
@@ -904,6 +919,21 @@ def test_download_nsynth(server, tmp_path):
         get("evil", size=len(server.data), sha256=importlib.import_module("hashlib").sha256(server.data).hexdigest())
         shutil.rmtree(tmp_path / "evil")
     assert not (tmp_path / "evil.txt").exists() and not pathlib.Path("/tmp/evil.txt").exists()
+
+
+def test_download_goes_on_after_a_stall_and_a_reset(server, tmp_path):
+    """Half, then silence for longer than the time-out, or a reset: the second request brings the rest. A bomb of 5 GB is refused."""
+    server.data = zipped(tmp_path / "z.zip", "a.mp3")
+    digest = lambda: importlib.import_module("hashlib").sha256(server.data).hexdigest()
+    for server.mood in ("stalls", "resets"):
+        server.asked = []
+        m.download(server.url, tmp_path / server.mood, len(server.data), digest(), timeout=0.3)
+        assert (tmp_path / server.mood).read_bytes() == server.data and len(server.asked) == 2
+    at = server.data.rindex(b"PK\x01\x02") + 24                     # where the directory claims the size unpacked
+    server.mood, server.data = "", server.data[:at] + struct.pack("<I", 4_100_000_000) + server.data[at + 4:]
+    with pytest.raises(ValueError, match="more than 4 GB"):
+        m.download_nsynth(tmp_path / "bomb", server.url, len(server.data), digest())
+    assert [path.name for path in (tmp_path / "bomb").iterdir()] == ["NSYNTH.zip"]
 
 
 def test_music2latent(tmp_path, monkeypatch):
@@ -976,6 +1006,17 @@ def test_encoding_once(folder, tmp_path, monkeypatch):
     codec.made_from = "another"
     m.encode_recordings(codec, data, tmp_path / "whole", curves=True)
     assert codec.dies_after < calls                                 # another codec's latents are not these
+
+
+def test_pieces_have_no_seam(tmp_path):
+    """A sound of 4 s in pieces of 1 s, each with a second more on both sides, is within 0.1 % of the whole."""
+    torch.manual_seed(0)
+    codec, data = m.SnakeVAE(16_000, width=8), m.Melodies(6, seconds=4.0, lasts=4.0)
+    codec.made_from = "random"
+    for name, seconds in (("whole", 8.0), ("pieces", 1.0)):
+        m.encode_recordings(codec, data, tmp_path / name, seconds=seconds)
+    whole, pieces = (np.fromfile(tmp_path / name / "frames.bin", np.float32) for name in ("whole", "pieces"))
+    assert len(whole) == len(pieces) and np.abs(whole - pieces).max() < 1e-3 * whole.std()
 
 
 def test_encoding_goes_on_in_the_same_batches(folder, tmp_path, monkeypatch):
@@ -1218,6 +1259,16 @@ def test_train_codec(tmp_path, monkeypatch):
     assert calls[0][1:] == pytest.approx((0.25 * (3 - math.log(4)) / 2, 2), rel=0.02)
     state = m.load_checkpoint(tmp_path / "codec.pt")
     assert codec.weight == state["ema"]["module"]["weight"] != state["net"]["weight"]
+
+
+def test_collapsed_channels_and_the_judges_step(tmp_path, monkeypatch):
+    """Means that never move: 0 of 2 channels active. Where the balancer stays silent the codec learns nothing from its judge."""
+    monkeypatch.setattr(m.LossBalancer, "backward", lambda *_, **__: None)
+    codec = StubCodec()
+    m.train_codec(codec, m.Plucks(12), 2, tmp_path / "codec.pt", adversarial_from=0)
+    assert codec.weight.item() == 0 and m.load_checkpoint(tmp_path / "codec.pt")["judge_optimiser"]["state"]
+    logged = {row["quantity"]: float(row["value"]) for row in csv.DictReader((tmp_path / "log.csv").open())}
+    assert logged["active"] == 0 and logged["judge"] > 0
 
 
 def test_resumed_codec_is_never_having_stopped(tmp_path):
