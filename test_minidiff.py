@@ -1041,15 +1041,15 @@ def test_encoding_goes_on_in_the_same_batches(folder, tmp_path, monkeypatch):
 
 
 def test_latent_windows(tmp_path):
-    """Recordings of 5, 4 and (held out) 8 frames, windows of 3: they start at rows 0, 1, 2, 5 and 6, held-out ones at 9 and 12."""
-    items = [[name, n, name == "c", None, [60, 1, 0]] for name, n in (("a", 5), ("b", 4), ("c", 8))]
+    """Recordings of 5, 4 and (held out) 9 frames, windows of 3: they start at rows 0, 1, 2, 5 and 6, held-out ones at 9, 12 and 15."""
+    items = [[name, n, name == "c", None, [60, 1, 0]] for name, n in (("a", 5), ("b", 4), ("c", 9))]
     (tmp_path / "index.json").write_text(json.dumps({"width": 2, "items": items}))
-    np.stack([np.arange(17), np.full(17, 7)], 1).astype(np.float32).tofile(tmp_path / "frames.bin")
+    np.stack([np.arange(18), np.full(18, 7)], 1).astype(np.float32).tofile(tmp_path / "frames.bin")
     data = m.LatentDataset(tmp_path, 3, 2)
     rows = data.batch(300, seeded())[0][:, 0] * data.std[0] + data.mean[0]
     assert set(rows[:, 0].round().tolist()) == {0, 1, 2, 5, 6} and torch.allclose(rows[:, 2], rows[:, 0] + 2)
     held = data.held_out()[0][:, 0] * data.std[0] + data.mean[0]
-    assert held[:, 0].round().tolist() == [9, 12] and (data.valid.tolist(), data.start.tolist()) == ([2, 2], [0, 3])
+    assert held[:, 0].round().tolist() == [9, 12, 15] and (data.valid.tolist(), data.start.tolist()) == ([2, 2, 2], [0, 3, 6])
     assert data.std[1].item() == pytest.approx(0.01)                # a constant channel is not divided by 0
 
 
