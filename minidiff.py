@@ -113,6 +113,11 @@ from torch.utils.checkpoint import checkpoint
 # so they have the density p_t at every t. Begun as noise and led back to t = 0, they are data
 # ([1] theorem 3.3). Each training pair shows one arrow; regression finds their mean, which is v.
 #
+# Rectified flow is short enough to stand here whole, a step of training and then one of sampling:
+#
+#     x_t = (1 - t) x_0 + t noise,  t = sigmoid(N(0, 1));   loss = |net(x_t, t) - (x_0 - noise)|^2
+#     x <- x + net(x, t)/steps,  for t = 1, 1 - 1/steps, ..., 1/steps;   x is noise at first
+#
 #                     alpha(t)        sigma(t)        y, the target               t goes from
 #     RectifiedFlow   1 - t           t               x_0 - noise = -dx_t/dt      0 to 1
 #     VPDiffusion     cos(angle(t))   sin(angle(t))   alpha noise - sigma x_0     0 to 1
@@ -1912,6 +1917,16 @@ def rank_and_world():
     return (group.get_rank(), group.get_world_size()) if several else (0, 1)
 
 
+def wished(*wishes):
+    """What any rank wishes (bools), all do: a list of bools. No GPU is asked. Lifts out with:
+    rank_and_world.
+    """
+    votes = torch.tensor(wishes).float()
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(votes)
+    return (votes > 0).tolist()
+
+
 def learning_rate(step, peak, warmup=100, settle=2000):
     """peak min((step + 1)/warmup, 1, sqrt(settle/step)) ([21] eq. 67). Lifts out with: nothing."""
     return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
@@ -1981,13 +1996,12 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
     """Train net for `steps` or `minutes`: batch = draw(), learn(step, batch) -> {name: scalar}, the
     forward and backward pass, then a step of Adam; returns the averaged net.
 
-    `path` gets all parts {name: object with state_dict}, step, settings and the generator's state,
-    each minute and at the end. Each `every` steps the scalars are read, for reading waits for a
-    GPU, and logged with report(means, averaged net) -> (more numbers, text). ValueError at once
-    when one is not finite (`path` keeps the last good state), KeyboardInterrupt, after saving, on
-    Ctrl-C. Lifts out with: the whole program.
+    `path` gets the states of all parts, step and settings, each minute and at the end. Each `every`
+    steps the scalars are read (this waits for a GPU) and logged with report(means, averaged net) ->
+    (more numbers, text). ValueError when one is not finite, `path` kept; KeyboardInterrupt, after
+    saving. Lifts out with: the whole program.
     """
-    path, (rank, world), clock = pathlib.Path(path), rank_and_world(), time.monotonic
+    path, (rank, _), clock = pathlib.Path(path), rank_and_world(), time.monotonic
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True)
     ema = EMA(net, decay=0.0 if "ema" in without else 0.999)
     parts |= {"net": net, "optimiser": optimiser, "ema": ema}
@@ -1997,26 +2011,27 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
     gradient = torch.zeros((), pin_memory=device.type == "cuda")
     began = saved = looked = clock()
     unread, watch = [], Stopwatch(device)
+
+    def descend(step):                                  # this is training; the rest is bookkeeping
+        optimiser.param_groups[0]["lr"] = lr if "schedule" in without else learning_rate(step, lr)
+        optimiser.zero_grad()
+        batch = draw()
+        with watch:
+            seen = learn(step, batch)
+        seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+        optimiser.step()
+        ema.update(net)
+        return {name: value.detach() for name, value in seen.items()}
+
     with postponed_interrupt() as interrupt:
         for done in range(start + 1, steps + 1):
-            rate = lr if "schedule" in without else learning_rate(done - 1, lr)
-            optimiser.param_groups[0]["lr"] = rate
-            optimiser.zero_grad()
-            batch = draw()
-            with watch:
-                seen = learn(done - 1, batch)
-            seen["gradient"] = nn.utils.clip_grad_norm_(net.parameters(), max_norm)
-            gradient.copy_(seen["gradient"], non_blocking=True)
-            optimiser.step()
-            ema.update(net)
-            unread.append({name: value.detach() for name, value in seen.items()})
-            halt = torch.tensor([bool(interrupt), clock() - began > 60 * minutes]).float()    # 60 s
-            if world > 1:
-                torch.distributed.all_reduce(halt)      # all ranks stop together; no GPU is asked
-            asked, last = bool(halt[0]), done == steps or bool(halt[1])
+            unread.append(descend(done - 1))
+            gradient.copy_(unread[-1]["gradient"], non_blocking=True)
+            asked, over = wished(bool(interrupt), clock() - began > 60 * minutes)             # 60 s
+            last = over or done == steps
             if done % every and not (asked or last) and gradient.isfinite():
                 continue
-            means = read_means(what, unread, done, rate)
+            means = read_means(what, unread, done, optimiser.param_groups[0]["lr"])
             speed, share = batch_size * len(unread) / (clock() - looked), watch.share()
             more, text = report(means, ema.module)
             rows += [f"{what},{done},{k},{v:.6g}\n" for k, v in (means | more).items()]
@@ -2025,9 +2040,9 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
                 progress(done, f"{speed:,.0f} sounds/s, {share:.0%} forward and backward; {text}")
             if rank == 0 and (last or asked or clock() - saved > 60):                # 60 seconds
                 write_file(path.parent / "log.csv", "".join(rows).encode())    # first: saved_state
-                states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(path, step=done, complete=last, settings=settings,
-                                generator=generator.get_state(), **states)
+                                generator=generator.get_state(),
+                                **{name: part.state_dict() for name, part in parts.items()})
                 saved = clock()
             if asked:
                 raise KeyboardInterrupt(f"{what}: {done:,} steps are saved; go on with --resume")
@@ -2564,7 +2579,7 @@ class Comparison:
         columns = (("pitch_accuracy", ".3f"), ("frechet", ".3f"), ("level_db", ".1f"),
                    ("centroid_hz", ".0f"))
         cells = (format(figures[name], form) if name in figures else "-" for name, form in columns)
-        print(f"{title:26}", *(f"{cell:>9}" for cell in cells),
+        print(f"{title:30}", *(f"{cell:>9}" for cell in cells),
               *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
         for figure, value in figures.items():
             into.setdefault(figure, {})[key] = value
@@ -2593,21 +2608,26 @@ class Comparison:
         return x, {"nfe": len(calls), "seconds_per_item": each, "network_share": share,
                    "real_time_factor": run.settings["seconds"] / each}
 
+    def by_evaluations(self, into, kinds):
+        """Rows at w = 2 for kinds (steps, sampler, eta), named by evaluations of the network."""
+        for steps, name, eta in kinds:
+            key = f"{2 * steps - 1 if name == 'heun' else steps} {name}"
+            key += f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
+            self.row(into, key, f"w = 2, {key}", self.asked if self.cond else {}, 2.0, name, steps,
+                     eta=eta, **self.cond)
+
 
 def evaluate_more(test, result):
     """Two tables: quality against network evaluations, and what is left of a sound at each noise.
 
     Lifts out with: the whole program.
     """
-    result |= {"evaluations": {}, "from_sound": {}}
-    pitch = {"pitch": test.asked["pitch"]}
-    print("\nevaluations of the network, at w = 2")
+    result["from_sound"], pitch = {}, {"pitch": test.asked["pitch"]}
     kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
-    for steps, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds):    # each twice the last
-        steps, calls = (steps // 2, steps - 1) if name == "heun" else (steps, steps)
-        title = f"{calls:2} {name}" + f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
-        test.row(result["evaluations"], title, title, pitch if test.cond else {}, 2.0, name, steps,
-                 eta=eta, **test.cond)
+    print("\nevaluations of the network, at w = 2")
+    test.by_evaluations(result["evaluations"], [
+        (n // 2 if name == "heun" else n, name, eta)           # Heun's steps cost two, but the last
+        for n, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds)])       # each twice more
     print("\nheld-out sounds, noised to sigma / alpha and denoised without a condition")
     for ratio in (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0):               # octaves of noise
         t = test.run.objective.time_at(torch.tensor(ratio)).item()
@@ -2625,9 +2645,9 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
     B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
     result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
-              "pitch_accuracy": {}}
+              "pitch_accuracy": {}, "evaluations": {}}
     print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
-          f"{'':26}   in tune   Frechet  level dB centre Hz")
+          f"{'':30}   in tune   Frechet  level dB centre Hz")
     test.line(result, "real", "real", test.real)
     # To start from real latents with no noise on them is to leave them as they are.
     test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
@@ -2639,6 +2659,8 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     x, costs = test.row(result, "1", "generated, w = 1", asked, 1.0, name, steps, **cond)
     for w in ("2", "3") if cond else ():
         test.row(result, w, f"generated, w = {w}", asked, float(w), name, steps, **cond)
+    fewer = sorted({max(1, steps // 4), max(1, steps // 2)})               # a quarter, and half
+    test.by_evaluations(result["evaluations"], [(n, name, 1.0) for n in fewer])
     some = test.data.train[::len(test.data.train) // 5000 + 1]     # at most 5000, evenly spread
     train = test.data.window(some, 0 * some)[0].flatten(1)
     near = lambda x: torch.cdist(x.flatten(1), train).amin(1).mean().item()

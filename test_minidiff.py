@@ -1596,13 +1596,16 @@ def test_evaluate(run):
     assert result["frechet_floor"] > 0 and result["nearest_ratio"] > 0 and result["seconds_per_item"] > 0
     assert 0 <= result["pitch_accuracy_codec"] <= 1 and "guidance scale w" in (run / "samples" / "index.html").read_text()
     assert result["real_time_factor"] == pytest.approx(0.4 / result["seconds_per_item"])
+    assert m.main(["evaluate", "--run", str(run), "--count", "2", "--steps", "9", "--sampler", "heun"]) == 0
+    result = json.loads((run / "evaluation.json").read_text())      # 17 evaluations; fewer: 2 and 4 steps
+    assert result["nfe"] == 17 and list(result["evaluations"]["frechet"]) == ["3 heun", "7 heun"]
 
 
 def test_evaluate_more(run, capsys):
-    """4 samplers at 4 to 64 evaluations, 7 levels of noise; at sigma/alpha = 1/8 t is 1/9; almost no noise leaves B as it was."""
+    """4 samplers at 4 to 64 evaluations, beside the 1 of every `evaluate`; 7 levels of noise; at sigma/alpha = 1/8 t is 1/9; almost no noise leaves B as it was."""
     assert m.main(["evaluate", "--run", str(run), "--count", "2", "--steps", "1", "--more"]) == 0
     out, result = capsys.readouterr().out, json.loads((run / "evaluation.json").read_text())
-    assert len(result["evaluations"]["pitch_accuracy"]) == 20 and " 7 heun" in out and "64 dpmpp_3m_sde, eta = 1" in out
+    assert len(result["evaluations"]["pitch_accuracy"]) == 21 and " 7 heun" in out and "64 dpmpp_3m_sde, eta = 1" in out
     assert len(result["from_sound"]["frechet"]) == 7 and "0.125, --init-noise 0.11" in out
 
 
