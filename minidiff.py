@@ -1882,14 +1882,15 @@ def save_checkpoint(path, **state):
     write_file(path, content.getbuffer())
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=False):
     """What save_checkpoint wrote, on the CPU. Code in the file is refused, not run (weights_only).
 
+    mmap: tensors stay on the disk until they are looked at, for who wants the settings only.
     ValueError if it is missing, no checkpoint, or of another format. Lifts out with: nothing.
     """
     why, state = "has none", {}
     try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:                                  # a broken pickle may raise anything
         why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
     if (found := state.pop("format", why)) != FORMAT:
@@ -2701,7 +2702,7 @@ data and run
 --data             ct   plucks TEXT                    plucks, melodies, nsynth (335 MB), a folder
 --seconds          cts  -      0.05..3600.0            seconds (the data's, at most 8; the run's)
 --run              ctse -      PATH                    folder of the run (runs/ and the data's name)
---steps            tse  -      1..                     steps: training (700; recordings 10000),
+--steps            tse  -      1..                     steps: training (1000; recordings 10000),
                                                        sampling (16; heun 9)
 --device           ctse auto   TEXT                    auto, cpu, cuda, cuda:1 or mps
 --seed             ctse 0      0..                     of all that is random; sound i has seed + i
@@ -2837,7 +2838,7 @@ def run_settings(options, given):
     for path in options.run / "codec.pt", options.run / "model.pt":
         if not path.exists():
             continue
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, mmap=True)
         with fitting(path):
             kept |= state["settings"]
             finished = path.name == "codec.pt" and state["complete"]
@@ -2897,8 +2898,8 @@ def prepare_codec(options, settings, recordings, device):
     settings["sample_rate"] = rate
     options.run.mkdir(parents=True, exist_ok=True)
     # A model knows the latents of its codec alone: once there is one, the codec stays as it is.
-    fixed = (options.run / "model.pt").exists() or (
-        options.command == "train" and path.exists() and load_checkpoint(path)["complete"])
+    fixed = (options.run / "model.pt").exists() or options.command == "train" and (
+        path.exists() and load_checkpoint(path, mmap=True)["complete"])
     if settings["codec"] == "vae" and not fixed:
         torch.manual_seed(settings["seed"])
         codec = SnakeVAE(rate)
@@ -2975,8 +2976,8 @@ def command_train(options, given, device):
         meet(device)                    # rank 0 comes when all is made that the others will find
     settings = run_settings(options, given)
     reuse_memory()
-    # What notes from a formula need, 2,600 and 700 steps, and 10,000 as a beginning for recordings.
-    usual = (2600, 700) if settings["data"] in BUILT_IN else (10_000, 10_000)
+    # What notes from a formula need, 2,600 and 1,000 steps; recordings get 10,000 as a beginning.
+    usual = (2600, 1000) if settings["data"] in BUILT_IN else (10_000, 10_000)
     options.codec_steps, options.steps = options.codec_steps or usual[0], options.steps or usual[1]
     recordings = open_data(settings, options.run)
     if options.command == "train":

@@ -1084,7 +1084,8 @@ def test_drop_conditions():
 def test_checkpoints(tmp_path):
     """What goes in comes out; code is refused unrun; a failed write leaves the old file."""
     m.save_checkpoint(tmp_path / "a.pt", step=3, weights=torch.arange(3))
-    assert m.load_checkpoint(tmp_path / "a.pt")["weights"].tolist() == [0, 1, 2]
+    for mmap in (False, True):
+        assert m.load_checkpoint(tmp_path / "a.pt", mmap)["weights"].tolist() == [0, 1, 2]
     with pytest.raises(OSError, match="missing"):
         m.save_checkpoint(tmp_path / "missing" / "a.pt", step=4)
     with pytest.raises(Exception):
@@ -1098,8 +1099,9 @@ def test_checkpoints(tmp_path):
     (tmp_path / "junk.pt").write_text("junk")
     torch.save({"format": 99}, tmp_path / "new.pt")
     for name in ("evil", "junk", "new", "missing"):
-        with pytest.raises(ValueError, match=f"{name}.pt"):
-            m.load_checkpoint(tmp_path / f"{name}.pt")
+        for mmap in (False, True):
+            with pytest.raises(ValueError, match=f"{name}.pt"):
+                m.load_checkpoint(tmp_path / f"{name}.pt", mmap)
     assert not (tmp_path / "ran").exists()
 
 
