@@ -3,8 +3,8 @@
 A codec turns a second of sound into 63 short vectors, its latents (chapters 5 to 7). A network
 learns to turn noise into such latents (chapters 1 to 4). Together they are an instrument: you ask
 for a pitch, and noise becomes a note that was never played. No definition uses a name that stands
-below it, so read from the top; to copy a piece, see the end of its docstring: "Lifts out with"
-names what must come along.
+below it, so read from the top. To copy a piece, see the end of its docstring: "Lifts out with"
+names what must come along. Where that is missing, the piece is the program's own.
 
     python minidiff.py train                                   about ten minutes on two CPU cores
     python minidiff.py sample --run runs/plucks --pitch 60     play a note
@@ -128,7 +128,7 @@ from torch.utils.checkpoint import checkpoint
 # which of these others call v, and with which sign.
 #
 # Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 0.995 of EDM's notes
-# are in tune at w = 1, and 0.989 of rectified flow's: one note of 185.
+# are in tune at w = 1, as are those of rectified flow: all of 185 but one.
 
 
 def expand(t, x):
@@ -340,8 +340,8 @@ class EDM(NoisingProcess):
 # middle of the way, where it helps most [6].
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43 60`, with `--cfg 1` and `--cfg 3`.
-# More is not simply better: in the README 0.989 and 1.000 of the notes are in tune, but the
-# distance to real notes (chapter 10) goes from 0.705 to 2.433. At the default, w = 2, it is 0.779.
+# More is not simply better: in the README 0.995 and 1.000 of the notes are in tune, but the
+# distance to real notes (chapter 10) goes from 0.449 to 2.237. At the default, w = 2, it is 0.890.
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
@@ -715,7 +715,7 @@ class UNet1d(nn.Module):
 # the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
-# in the README's demo such a note was heard at 42.98, 2 cents low.
+# in the README's demo such a note was heard at 43.00.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -1504,7 +1504,6 @@ class AudioFolder(Recordings):
     (seeds/004). `unusable` is {name: reason}; known: a JSON file that remembers, by size and time,
     what was found, since to know that a file is whole it must be read. Raises ValueError for no
     folder, below 2 usable files, or if less than half are usable.
-    Lifts out with: the whole program.
     """
 
     def __init__(self, root, sample_rate=None, seconds=None, seed=0, known=None):
@@ -1702,7 +1701,7 @@ def encode_recordings(codec, recordings, folder, curves=False, device="cpu", sec
     A row of frames.bin is one frame. index.json says of what it was made, and [name, frames, held
     out, figures as recorded, labels] of each recording whose rows are on the disk. Latents of
     another codec or of other data are replaced. Raises KeyboardInterrupt, after saving, on Ctrl-C.
-    For the other arguments see encode_pieces. Lifts out with: the whole program.
+    For the other arguments see encode_pieces.
     """
     store, flat = pathlib.Path(folder, "index.json"), pathlib.Path(folder, "frames.bin")
     made_from = [recordings.made_from, codec.made_from, recordings.seconds, curves]
@@ -2000,7 +1999,7 @@ def training_loop(what, net, draw, learn, report, path, steps, lr, betas, max_no
     `path` gets the states of all parts, step and settings, each minute and at the end. Each `every`
     steps the scalars are read (this waits for a GPU) and logged with report(means, averaged net) ->
     (more numbers, text). ValueError when one is not finite, `path` kept; KeyboardInterrupt, after
-    saving. Lifts out with: the whole program.
+    saving.
     """
     path, (rank, _), clock = pathlib.Path(path), rank_and_world(), time.monotonic
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas=betas, fused=True)
@@ -2060,7 +2059,7 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
     L1, L2, STFT and, from step `adversarial_from` on (None: never), the two losses that come from
     the discriminator, the `judge`, go through the balancer, the KL beside it (seeds/004). The log
     shows each loss and its share of the gradient.
-    how: resume, settings, minutes of training_loop. Lifts out with: the whole program.
+    how: resume, settings, minutes of training_loop.
     """
     generator, betas = torch.Generator().manual_seed(seed), (0.8, 0.99)                       # [10]
     codec, judge = codec.to(device).train(), STFTDiscriminator().to(device)
@@ -2161,7 +2160,6 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=96, lr
     condition: "note" (labels), "control" (curves) or "none". The held-out loss is of the averaged
     weights, at the same noise and times each time, so that two of them can be compared.
     compiled: by torch.compile. how: resume, settings, every, minutes, without of training_loop.
-    Lifts out with: the whole program.
     """
     device, (rank, world) = data.device, rank_and_world()
     generator, fixed = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(0)
@@ -2224,7 +2222,7 @@ def take_out(net, without):
 
 def build_net(s):
     """The network that a run's settings describe, with random weights. ValueError: there is nothing
-    to leave out of the tutorial's. Lifts out with: the whole program.
+    to leave out of the tutorial's.
     """
     if s["net"] == "tutorial":
         if has_not := set(s["without"]) - {"ema", "schedule"}:
@@ -2238,7 +2236,6 @@ def build_net(s):
 
 def open_codec(path, settings, device):
     """The finished codec of a run; ValueError when it is missing, unfinished, or another run's.
-    Lifts out with: the whole program.
     """
     if settings["codec"] == "music2latent":
         return Music2Latent(settings["seed"], device)
@@ -2351,7 +2348,7 @@ def generate(net, objective, shape, sampler="euler", steps=16, seed=0, times=Non
 class Run:
     """A trained run, opened: settings, codec, objective, net (averaged weights), mean, std [C, 1].
 
-    Raises ValueError naming what is missing or does not fit. Lifts out with: the whole program.
+    Raises ValueError naming what is missing or does not fit.
     """
 
     def __init__(self, folder, device="cpu"):
@@ -2465,7 +2462,7 @@ def write_page(run, folder, fresh={}):
     """Write folder/index.html, self-contained: sounds to hear and see, and charts of the Run.
 
     `fresh` {name: figure} stand before those that page.json remembers; a chart whose file is
-    missing is left out. Lifts out with: the whole program.
+    missing is left out.
     """
     figures = fresh | read_json(folder / "page.json") | fresh
     write_json(folder / "page.json", figures)
@@ -2495,7 +2492,7 @@ def write_page(run, folder, fresh={}):
 def write_sounds(run, folder, sounds, path):
     """Write sounds [(name, text, label [K], audio [T])] and their page; print how each came out.
 
-    path is from Run.generate. Names are not to be trusted. Lifts out with: the whole program.
+    path is from Run.generate. Names are not to be trusted.
     """
     fresh, rate = {}, run.codec.sample_rate
     figure = lambda words, body: f"<figure><figcaption>{words}</figcaption>{body}</figure>"
@@ -2553,7 +2550,7 @@ class Comparison:
 
     A and B [N, C, L], N <= count, so every Frechet distance has equal N, and B against A is its
     floor. Its features are each channel's mean and deviation over a sound. ValueError if fewer than
-    two pairs are held out. Lifts out with: the whole program.
+    two pairs are held out.
     """
 
     def __init__(self, run, count, seed):
@@ -2620,8 +2617,6 @@ class Comparison:
 
 def evaluate_more(test, result):
     """Two tables: quality against network evaluations, and what is left of a sound at each noise.
-
-    Lifts out with: the whole program.
     """
     result["from_sound"], pitch = {}, {"pitch": test.asked["pitch"]}
     kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
@@ -2641,7 +2636,7 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     """Measure a Run on `count` sounds: print a table, write evaluation.json and the page.
 
     Returns what it wrote, a dict. Costs and nearest_ratio are of w = 1; more: two more tables, see
-    `evaluate_more`. Lifts out with: the whole program.
+    `evaluate_more`.
     """
     test, (name, steps) = Comparison(run, count, seed), run.sampler(sampler, steps)
     B, cond, asked = test.B, test.cond, test.asked if test.cond else {}
@@ -2831,7 +2826,7 @@ def pick_device(name):
 
 def run_settings(options, given):
     """The settings of a run: those in its checkpoints if it has any, else the options. ValueError
-    if a run would be overwritten, or an option contradicts it. Lifts out with: the whole program.
+    if a run would be overwritten, or an option contradicts it.
     """
     kept, names = {}, ("data", "codec", "net", "objective", "condition", "seconds", "seed",
                        "without")
@@ -2858,7 +2853,7 @@ def run_settings(options, given):
 
 
 def open_data(settings, run):
-    """The sounds of a run; says which files are unusable. Lifts out with: the whole program."""
+    """The sounds of a run; says which files are unusable."""
     rate = settings.get("sample_rate")
     if settings["codec"] == "music2latent":
         rate = Music2Latent.sample_rate
@@ -2893,7 +2888,7 @@ def choose_condition(settings, recordings):
 
 
 def prepare_codec(options, settings, recordings, device):
-    """The run's codec, a VAE trained first where it must be. Lifts out with: the whole program."""
+    """The run's codec, a VAE trained first where it must be."""
     path, rate = options.run / "codec.pt", recordings.sample_rate
     settings["sample_rate"] = rate
     options.run.mkdir(parents=True, exist_ok=True)
@@ -2950,7 +2945,6 @@ def reuse_memory():
 
 def first_sounds(options, recordings, data, device, count=4):
     """Play held-out notes as recorded, through the codec, and generated: the page; then measure.
-    Lifts out with: the whole program.
     """
     run, (latents, labels, curves) = Run(options.run, device), data.held_out(slice(count))
     x, path = run.generate(GuidedNet(run.net, options.cfg), latents.shape, *run.sampler(),
@@ -2967,7 +2961,7 @@ def first_sounds(options, recordings, data, device, count=4):
 
 
 def command_train(options, given, device):
-    """codec, train: codec, latents, diffusion model, sounds. Lifts out with: the whole program."""
+    """codec, train: codec, latents, diffusion model, sounds."""
     rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
     if (options.batch_size or 8) % world:                          # 8: see below
         raise ValueError(f"--batch-size {options.batch_size or 'a multiple of 8'} cannot be shared "
@@ -3011,7 +3005,6 @@ def command_train(options, given, device):
 
 def plot_schedule(objective, steps, **levels):
     """Print where the grids' steps lie, sigma/alpha from 0.001 to 100; digits count what meets.
-    Lifts out with: the whole program.
     """
     print(f"noise levels sigma / alpha of {steps} steps\n{'':16}" + "".join(
         f"{10.0 ** power:<12g}" for power in range(-3, 3)))                # 12 places to a decade
@@ -3078,7 +3071,7 @@ def check_sample(options, given, run):
 def asked_for(options, run):
     """What the options ask of a Run: labels [B, K], curves [2, L] (NaN: any), init, latents [B, C,
     L] to start from, or None, and keep [L], which of its frames stay, or None. ValueError for a
-    MIDI file without notes. Lifts out with: the whole program.
+    MIDI file without notes.
     """
     s, codec, init, keep = run.settings, run.codec, None, None
     velocity = -1 if options.velocity is None else options.velocity
@@ -3107,9 +3100,7 @@ def asked_for(options, run):
 
 
 def guided_net(options, run, count):
-    """A Run's network with the guidance asked for, for `count` sounds at once.
-    Lifts out with: the whole program.
-    """
+    """A Run's network with the guidance asked for, for `count` sounds at once."""
     negative, interval = None, options.cfg_interval
     if options.negative_pitch is not None:
         away = torch.tensor([options.negative_pitch, -1, -1], device=run.device)
@@ -3120,7 +3111,7 @@ def guided_net(options, run, count):
 
 
 def command_sample(options, given, device):
-    """sample: sounds from a trained run. Lifts out with: the whole program."""
+    """sample: sounds from a trained run."""
     run = Run(options.run, device)
     codec, edm = run.codec, isinstance(run.objective, EDM)
     name, steps = run.sampler(options.sampler, options.steps)
@@ -3159,7 +3150,7 @@ def command_sample(options, given, device):
 
 
 def main(argv=None):
-    """Run a command: 0, 2 for a mistake, 130 if interrupted. Lifts out with: the whole program."""
+    """Run a command: 0, 2 for a mistake, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print("Start here:  python minidiff.py train     (strings; ten minutes on two CPU cores)\n"
