@@ -548,7 +548,7 @@ def optimise_noise(sample, noise, loss, steps, lr):
 #                          pass it unchanged, so that many blocks still train in minutes
 #     norm                 features of size 1, whatever the level of the noise; frame by frame, so
 #                          that a long sound is treated as a short one is
-#     attention            at the coarse levels each frame may look at every other frame
+#     attention            at the coarse levels each frame may look at frames far away
 #
 # Try: `python minidiff.py train --without time`, and then norm, residuals, attention, each with a
 # --run of its own. The README shows what each was worth within the same seconds.
@@ -629,18 +629,30 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + attention over frames ([19] 3.2): [B, D, L] -> [B, D, L]. Lifts out with: FrameNorm."""
+    """x + attention over frames ([19] 3.2): [B, D, L] -> [B, D, L].
 
-    def __init__(self, width, heads=4):
+    In more than three spans of frames, each sees its own span and the two beside it: work grows as
+    L, not as L^2, and nothing looks further than it did in training. Lifts out with: FrameNorm.
+    """
+
+    def __init__(self, width, heads=4, span=256):
         super().__init__()
-        self.heads, self.norm = heads, FrameNorm(width)
+        self.heads, self.span, self.norm = heads, span, FrameNorm(width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)                  # 3: q, k and v
         self.out = nn.Conv1d(width, width, 1)
 
     def forward(self, x):
+        L, span, mask = x.shape[-1], self.span, None
         qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, D/heads, L]
         q, k, v = qkv.transpose(-2, -1).unbind(1)                          # [B, heads, L, D/heads]
-        h = F.scaled_dot_product_attention(q, k, v)
+        if L > 3 * span:                                                   # 3: see above
+            behind, three = -L % span, lambda z, axis: z.unfold(axis, 3 * span, span)    # 3: same
+            q = F.pad(q, (0, 0, 0, behind)).unflatten(2, (-1, span))       # [B, heads, n, span, .]
+            k, v = (three(F.pad(z, (0, 0, span, behind + span)), 2).mT for z in (k, v))
+            where = three(torch.arange(-span, L + behind + span, device=x.device), 0)
+            mask = ((where >= 0) & (where < L))[:, None]                   # [n, 1, 3 span]
+        h = F.scaled_dot_product_attention(q, k, v, mask)
+        h = h.flatten(2, -2)[:, :, :L]                                     # [B, heads, L, D/heads]
         return x + self.out(h.transpose(-2, -1).flatten(1, 2))
 
 

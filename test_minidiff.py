@@ -443,6 +443,18 @@ def test_blocks_by_hand():
     assert torch.allclose(attention(x), x + attention.out(h.reshape(2, 8, 5)), atol=1e-6)
 
 
+def test_attention_in_spans():
+    """Spans of 4: 12 frames all see each other; of 21, frame i sees j if i // 4 and j // 4 differ by at most 1."""
+    attention = m.SelfAttention(8, heads=2, span=4)
+    for L in (12, 21):
+        x, span = torch.randn(2, 8, L, generator=seeded()), torch.arange(L) // 4
+        q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 4, L).unbind(1)
+        scores = q.transpose(2, 3) @ k / 2                          # the root of 4 features a head
+        scores = scores.masked_fill(((span[:, None] - span).abs() > 1) & (L > 12), -math.inf)
+        h = v @ scores.softmax(3).transpose(2, 3)
+        assert torch.allclose(attention(x), x + attention.out(h.reshape(2, 8, L)), atol=1e-5)
+
+
 def test_unet_keeps_items_apart_and_trains_everything():
     """Changing item 1 leaves item 0's bytes; every parameter gets a gradient that is not 0."""
     net, x = small_unet(), torch.randn(2, 4, 21, generator=seeded())
