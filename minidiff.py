@@ -2290,7 +2290,7 @@ def open_codec(path, settings, device):
 # sounds are made at once: above 1, they come faster than they play.
 #
 # Try `evaluate --run runs/plucks --steps 4`, a quarter of the work: which figures get worse, which
-# better, and do your ears agree? At w = 2 README.md has both in its table of evaluations.
+# better, and do your ears agree? At w = 2 README.md has both in its first table.
 
 
 def schedule(objective, grid, steps, start=None, sigma_min=0.002, sigma_max=80.0, rho=None):
@@ -3154,8 +3154,12 @@ def command_sample(options, given, device):
     text, audio = f"w = {options.cfg:g}, {name} {steps}", run.decode(x)
     names = [f"sample_{options.seed + i}" + f"_pitch_{pitch}" * (pitch >= 0)
              for i, pitch in enumerate(labels[:, 0].tolist())]
-    write_sounds(run, options.out or run.folder / "samples",
-                 [(names[i], text, labels[i], audio[i]) for i in range(len(x))], path)
+    folder = options.out or run.folder / "samples"
+    # Sounds of an earlier call stay: one may want to compare them.
+    takes = itertools.chain([""], (f"_{k}" for k in itertools.count(2)))       # the second, and on
+    take = next(k for k in takes if not any((folder / f"{n}{k}.wav").exists() for n in names))
+    write_sounds(run, folder, [(names[i] + take, text, labels[i], audio[i])
+                               for i in range(len(x))], path)
     if options.midi:
         figures = measure(audio, codec.sample_rate, codec.hop, curves=curves)
         print(f"{options.midi}: " + ", ".join(f"{k} {figures[k]:.3f}" for k in FOLLOWING))

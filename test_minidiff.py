@@ -1618,6 +1618,9 @@ def test_sample(run, tmp_path, capsys):
     assert m.main(base + ["--out", str(tmp_path / "b"), "--seed", "3"]) == 0
     a, b = (sorted((tmp_path / n).glob("*.wav")) for n in "ab")
     assert len(a) == 2 and [x.read_bytes() for x in a] == [x.read_bytes() for x in b]
+    assert m.main(base + ["--out", str(tmp_path / "b"), "--seed", "3", "--cfg", "1"]) == 0    # overwrites nothing
+    assert [x.read_bytes() for x in a] == [x.read_bytes() for x in b]
+    assert sorted(x.stem for x in (tmp_path / "b").glob("*_2.wav")) == [f"{x.stem}_2" for x in b]
     extra = ["--count", "2", "--velocity", "90", "--source", "pluck", "--seconds", "0.9", "--sampler", "dpmpp_3m_sde",
              "--eta", "0.5", "--cfg", "3", "--rescale", "0.7", "--cfg-interval", "0.2", "0.8", "--negative-pitch", "50",
              "--out", str(tmp_path / "c")]
