@@ -2970,6 +2970,8 @@ def first_sounds(options, recordings, data, device, count=4):
     write_sounds(run, run.folder / "samples", sounds, path)
     if len(data.valid) >= 4:               # two to compare with, and two for the floor, at least
         evaluate(run, seed=options.seed)
+    else:
+        print(f"not measured: {len(data.valid)} windows are held out, and evaluate needs 4")
 
 
 def command_train(options, given, device):
