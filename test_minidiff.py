@@ -361,7 +361,7 @@ def test_optimise_noise():
     """Through a sampler that maps z to 1 + z/2, the noise for the target 3 is 4; the loss falls fivefold."""
     flow, target = m.RectifiedFlow(), torch.full((1, 1, 3), 3.0)
     net = gaussian_net(flow, 1.0, 0.5)
-    sample = lambda noise: m.generate(net, flow, noise.shape, steps=64, noise=noise)
+    sample = lambda noise: m.generate(net, flow, noise.shape, "heun", 8, noise=noise)
     loss = lambda x: (x - target).square().mean()
     start = torch.zeros(1, 1, 3)
     found = m.optimise_noise(sample, start, loss, steps=150, lr=0.1)
@@ -1876,7 +1876,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
 
 
 def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
-    """500 argument lists out of the parser's own table, good and bad values:
+    """300 argument lists out of the parser's own table, good and bad values:
     0 or 2, one line, nothing outside runs/."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("no audio")
@@ -1917,7 +1917,7 @@ def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
         return {p: p.is_dir() or p.read_bytes() for top in (tmp_path, HERE) for p in top.iterdir()
                 if p.name not in ("runs", "data", "__pycache__")}
     before, ended = listing(), []
-    for k in range(500):
+    for k in range(300):
         if k % 50 == 0:
             shutil.rmtree("runs", ignore_errors=True)
             shutil.copytree("run", "runs/r")
@@ -1937,7 +1937,7 @@ def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err.splitlines()
         assert status in (0, 2) and (status == 0 or said[-1].startswith("minidiff: ")), (argv, said)
         ended.append(status)
-    assert listing() == before and 50 < ended.count(0) < 450
+    assert listing() == before and 30 < ended.count(0) < 270
 
 
 # A process that imports once and forks for each line of its input: Python to run first | arguments of main. It is as
