@@ -6,7 +6,7 @@ for a pitch, and noise becomes a note that was never played. No definition uses 
 below it, so read from the top. To copy a piece, see the end of its docstring: "Lifts out with"
 names what must come along. Where that is missing, the piece is the program's own.
 
-    python minidiff.py train                                   about ten minutes on two CPU cores
+    python minidiff.py train                                   ten minutes on two fast CPU cores
     python minidiff.py sample --run runs/plucks --pitch 60     play a note
     python minidiff.py evaluate --run runs/plucks              is it any good?
 
@@ -631,8 +631,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """x + attention over frames ([19] 3.2): [B, D, L] -> [B, D, L].
 
-    In more than three spans of frames, each sees its own span and the two beside it: work grows as
-    L, not as L^2, and nothing looks further than it did in training. Lifts out with: FrameNorm.
+    In more than three spans of frames, each sees its own span and the two beside it, and work grows
+    as L, not as L^2. A window of 8 s, as in training, is one span. Lifts out with: FrameNorm.
     """
 
     def __init__(self, width, heads=4, span=256):
@@ -2619,12 +2619,13 @@ class Comparison:
                    "real_time_factor": run.settings["seconds"] / each}
 
     def by_evaluations(self, into, kinds):
-        """Rows at w = 2 for kinds (steps, sampler, eta), named by evaluations of the network."""
+        """Rows for kinds (steps, sampler, eta), at w = 2 if there is a condition to guide by."""
+        w = 2.0 if self.cond else 1.0
         for steps, name, eta in kinds:
             key = f"{2 * steps - 1 if name == 'heun' else steps} {name}"
             key += f", eta = {eta:g}" * (name == "dpmpp_3m_sde")
-            self.row(into, key, f"w = 2, {key}", self.asked if self.cond else {}, 2.0, name, steps,
-                     eta=eta, **self.cond)
+            self.row(into, key, f"w = {w:g}, {key}", self.asked if self.cond else {}, w, name,
+                     steps, eta=eta, **self.cond)
 
 
 def evaluate_more(test, result):
@@ -2632,7 +2633,7 @@ def evaluate_more(test, result):
     """
     result["from_sound"], pitch = {}, {"pitch": test.asked["pitch"]}
     kinds = (("euler", 0.0), ("heun", 0.0), ("dpmpp_3m_sde", 0.0), ("dpmpp_3m_sde", 1.0))
-    print("\nevaluations of the network, at w = 2")
+    print("\nevaluations of the network")
     test.by_evaluations(result["evaluations"], [
         (n // 2 if name == "heun" else n, name, eta)           # Heun's steps cost two, but the last
         for n, (name, eta) in itertools.product((4, 8, 16, 32, 64), kinds)])       # each twice more
@@ -3171,7 +3172,7 @@ def main(argv=None):
     """Run a command: 0, 2 for a mistake, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        print("Start here:  python minidiff.py train     (strings; ten minutes on two CPU cores)\n"
+        print("Start here:  python minidiff.py train     (ten minutes on two fast CPU cores)\n"
               "Then:        python minidiff.py sample --run runs/plucks --pitch 60 64 67\n"
               "All of it:   python minidiff.py --help")
         return 0
