@@ -1028,7 +1028,7 @@ class SnakeFunction(torch.autograd.Function):
     sin^2 u = (1 - cos 2u)/2 makes it x + c - c cos(x / c), c = 1/(2a): one cosine and one fused
     multiply-add. dy/dx = 1 + sin(x / c); and as a y depends on a x alone, a dy/da = x dy/dx - y.
     By hand, for autograd would keep and read more: a fifth of a codec's step (0.085 s and 0.069 s
-    on two cores of an AMD EPYC). Lifts out with: nothing.
+    for 4 x 8,192 samples on two cores of an AMD EPYC). Lifts out with: nothing.
     """
 
     @staticmethod
@@ -1164,8 +1164,8 @@ def kl_divergence(mean, log_variance):
 # and c loss_i has the same g_i / <|g_i|> for any c > 0. Weights become shares of the pull, and
 # 1 : 1 means equal say. The KL does not depend on the output; it has no g_i and joins behind.
 #
-# Try: `python minidiff.py codec --run runs/judge --adversarial-from 1300`. runs/judge/log.csv tells
-# each loss's share of the gradient; from step 1,300 on two losses more take theirs.
+# Try: `python minidiff.py codec --run runs/judge --adversarial-from 1000`. runs/judge/log.csv tells
+# each loss's share of the gradient; from step 1,000 on two losses more take theirs.
 
 
 def magnitudes(audio, size):
@@ -1939,7 +1939,7 @@ def wished(*wishes):
     return (votes > 0).tolist()
 
 
-def learning_rate(step, peak, warmup=100, settle=2000):
+def learning_rate(step, peak, warmup=100, settle=500):
     """peak min((step + 1)/warmup, 1, sqrt(settle/step)) ([21] eq. 67). Lifts out with: nothing."""
     return peak * min((step + 1) / warmup, 1.0, math.sqrt(settle / max(step, 1)))
 
@@ -2720,9 +2720,9 @@ model
 --objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
 training
---codec-steps      ct   -      1..                     steps of the VAE (2600; recordings 10000)
+--codec-steps      ct   -      1..                     steps of the VAE (2000; recordings 10000)
 --minutes          ct   -      0.01..                  minutes after which a training ends (none)
---batch-size       t    -      1..65536                sounds in a step (those of 6000 frames)
+--batch-size       t    -      1..65536                sounds in a step (those of 4000 frames)
 --lr               t    0.003  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (half
                                                        of them; for built-in data never)
@@ -2985,8 +2985,8 @@ def command_train(options, given, device):
         meet(device)                    # rank 0 comes when all is made that the others will find
     settings = run_settings(options, given)
     reuse_memory()
-    # What notes from a formula need, 2,600 and 1,000 steps; recordings get 10,000 as a beginning.
-    usual = (2600, 1000) if settings["data"] in BUILT_IN else (10_000, 10_000)
+    # What notes from a formula need, 2,000 and 1,000 steps; recordings get 10,000 as a beginning.
+    usual = (2000, 1000) if settings["data"] in BUILT_IN else (10_000, 10_000)
     options.codec_steps, options.steps = options.codec_steps or usual[0], options.steps or usual[1]
     recordings = open_data(settings, options.run)
     if options.command == "train":
@@ -3005,8 +3005,8 @@ def command_train(options, given, device):
     net = build_net(settings).to(device)
     print(f"diffusion: {sum(p.numel() for p in net.parameters()):,} parameters, {len(data.train)} "
           f"recordings to train on, {len(data.valid)} windows held out, on {device}")
-    # A step's work depends on its frames: 96 windows of the built-in strings, which have 63.
-    batch_size = options.batch_size or 8 * max(1, round(96 * 63 / settings["frames"] / 8))
+    # A step's work depends on its frames: 64 windows of the built-in strings, which have 63.
+    batch_size = options.batch_size or 8 * max(1, round(64 * 63 / settings["frames"] / 8))
     able = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     precision = {"auto": "bf16" if able else "fp32"}.get(options.precision, options.precision)
     train_diffusion(net, OBJECTIVES[settings["objective"]](), data, options.steps,
