@@ -2722,7 +2722,7 @@ model
 training
 --codec-steps      ct   -      1..                     steps of the VAE (2000; recordings 10000)
 --minutes          ct   -      0.01..                  minutes after which a training ends (none)
---batch-size       t    -      1..65536                sounds in a step (those of 4000 frames)
+--batch-size       t    -      1..65536                sounds in a step (of 4000 frames in all)
 --lr               t    0.003  0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (half
                                                        of them; for built-in data never)
