@@ -1164,8 +1164,8 @@ def kl_divergence(mean, log_variance):
 # and c loss_i has the same g_i / <|g_i|> for any c > 0. Weights become shares of the pull, and
 # 1 : 1 means equal say. The KL does not depend on the output; it has no g_i and joins behind.
 #
-# Try: `python minidiff.py codec --run runs/judge --adversarial-from 1000`. runs/judge/log.csv tells
-# each loss's share of the gradient; from step 1,000 on two losses more take theirs.
+# Try: `python minidiff.py codec --run runs/judge --adversarial-from 1300`. runs/judge/log.csv tells
+# each loss's share of the gradient; from step 1,300 on two losses more take theirs.
 
 
 def magnitudes(audio, size):
@@ -2720,7 +2720,7 @@ model
 --objective        t    rf     rf|edm|vp               rectified flow, EDM or variance preserving
 --condition        t    auto   auto|note|control|none  pitch, velocity and source; curves; nothing
 training
---codec-steps      ct   -      1..                     steps of the VAE (2000; recordings 10000)
+--codec-steps      ct   -      1..                     steps of the VAE (2600; recordings 10000)
 --minutes          ct   -      0.01..                  minutes after which a training ends (none)
 --batch-size       t    -      1..65536                sounds in a step (of 4000 frames in all)
 --lr               t    0.003  0.0..                   highest learning rate of the diffusion model
@@ -2985,8 +2985,8 @@ def command_train(options, given, device):
         meet(device)                    # rank 0 comes when all is made that the others will find
     settings = run_settings(options, given)
     reuse_memory()
-    # What notes from a formula need, 2,000 and 1,000 steps; recordings get 10,000 as a beginning.
-    usual = (2000, 1000) if settings["data"] in BUILT_IN else (10_000, 10_000)
+    # What notes from a formula need, 2,600 and 1,000 steps; recordings get 10,000 as a beginning.
+    usual = (2600, 1000) if settings["data"] in BUILT_IN else (10_000, 10_000)
     options.codec_steps, options.steps = options.codec_steps or usual[0], options.steps or usual[1]
     recordings = open_data(settings, options.run)
     if options.command == "train":
