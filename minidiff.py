@@ -6,7 +6,7 @@ for a pitch, and noise becomes a note that was never played. No definition uses 
 below it, so read from the top. To copy a piece, see the end of its docstring: "Lifts out with"
 names what must come along. Where that is missing, the piece is the program's own.
 
-    python minidiff.py train                                   ten minutes on two fast CPU cores
+    python minidiff.py train                                   eight minutes on two CPU cores
     python minidiff.py sample --run runs/plucks --pitch 60     play a note
     python minidiff.py evaluate --run runs/plucks              is it any good?
 
@@ -127,8 +127,8 @@ from torch.utils.checkpoint import checkpoint
 # one ideal denoiser serves all, after a change of scale and of clock (`time_at`). The README says
 # which of these others call v, and with which sign.
 #
-# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 0.995 of EDM's notes
-# are in tune at w = 1, as are those of rectified flow: all of 185 but one.
+# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README all 185 of
+# EDM's notes are in tune at w = 1, as are those of rectified flow.
 
 
 def expand(t, x):
@@ -340,8 +340,8 @@ class EDM(NoisingProcess):
 # middle of the way, where it helps most [6].
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43 60`, with `--cfg 1` and `--cfg 3`.
-# More is not simply better: in the README 0.995 and 1.000 of the notes are in tune, but the
-# distance to real notes (chapter 10) goes from 0.675 to 1.781. At the default, w = 2, it is 0.539.
+# More is not simply better: in the README all notes are in tune with either, but the distance to
+# real notes (chapter 10) goes from 0.838 to 1.999. At the default, w = 2, it is 0.524.
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
@@ -727,7 +727,7 @@ class UNet1d(nn.Module):
 # the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
-# in the README's demo such a note was heard at 42.98.
+# in the README's demo such a note was heard at 43.01.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -1027,8 +1027,8 @@ class SnakeFunction(torch.autograd.Function):
 
     sin^2 u = (1 - cos 2u)/2 makes it x + c - c cos(x / c), c = 1/(2a): one cosine and one fused
     multiply-add. dy/dx = 1 + sin(x / c); and as a y depends on a x alone, a dy/da = x dy/dx - y.
-    By hand, for autograd would keep and read more: a fifth of a codec's step (0.085 s and 0.069 s
-    for 4 x 8,192 samples on two cores of an AMD EPYC). Lifts out with: nothing.
+    By hand, for autograd would keep and read more: 0.070 s instead of 0.065 s for a codec's step of
+    4 x 4,096 samples on two cores of an AMD EPYC. Lifts out with: nothing.
     """
 
     @staticmethod
@@ -2109,7 +2109,7 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
         return {}, (f"l1 {means['l1']:.3f}, stft {means['stft']:.3f}, kl {means['kl']:.2f}, "
                     f"{means['active']:.0f} of {codec.channels} channels active")
 
-    # Gradients have norms of 12 to 45 and, rarely, of 1,000: nearly all are cut to 10.
+    # Gradients have norms of 15 to 35 and, rarely, of 1,000: nearly all are cut to 10.
     average = training_loop("codec", codec, draw, learn, report, path, steps, lr, betas, 10.0,
                             generator, batch_size=batch_size, judge=judge, balancer=balancer,
                             judge_optimiser=judge_optimiser, **how)
@@ -2592,7 +2592,7 @@ class Comparison:
         columns = (("pitch_accuracy", ".3f"), ("frechet", ".3f"), ("level_db", ".1f"),
                    ("centroid_hz", ".0f"))
         cells = (format(figures[name], form) if name in figures else "-" for name, form in columns)
-        print(f"{title:30}", *(f"{cell:>9}" for cell in cells),
+        print(f"{title:32}", *(f"{cell:>9}" for cell in cells),
               *(f" {name} {figures[name]:.3f}" for name in FOLLOWING if name in figures))
         for figure, value in figures.items():
             into.setdefault(figure, {})[key] = value
@@ -2659,7 +2659,7 @@ def evaluate(run, count=185, seed=0, sampler=None, steps=None, more=False):
     result = {"count": test.N, "seed": seed, "sampler": name, "steps": steps,
               "pitch_accuracy": {}, "evaluations": {}}
     print(f"{run.folder}: N = {test.N}, {name} with {steps} steps, seed {seed}\n"
-          f"{'':30}   in tune   Frechet  level dB centre Hz")
+          f"{'':32}   in tune   Frechet  level dB centre Hz")
     test.line(result, "real", "real", test.real)
     # To start from real latents with no noise on them is to leave them as they are.
     test.row(result, "codec", "real, codec (the floor)", test.asked, 1.0, name, steps,
@@ -3175,7 +3175,7 @@ def main(argv=None):
     """Run a command: 0, 2 for a mistake, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        print("Start here:  python minidiff.py train     (ten minutes on two fast CPU cores)\n"
+        print("Start here:  python minidiff.py train     (eight minutes on two CPU cores)\n"
               "Then:        python minidiff.py sample --run runs/plucks --pitch 60 64 67\n"
               "All of it:   python minidiff.py --help")
         return 0
