@@ -1919,8 +1919,9 @@ def fitting(path):
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[:2][-1].strip()           # the first that does not fit
-        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}") from None
+        reason = str(error).splitlines()[:2][-1].strip()[:99]      # the first that does not fit
+        raise ValueError(f"{path} does not fit: {type(error).__name__} {reason}: choose another "
+                         "--run, or make it anew") from None
 
 
 def rank_and_world():

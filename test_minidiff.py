@@ -631,6 +631,8 @@ def test_snake_vae_lengths_and_range():
     sound = torch.randn(1, 512, generator=seeded())
     torch.nn.init.constant_(vae.to_log_variance.bias, 100)
     assert torch.equal(vae.encode(sound), vae.posterior(sound)[0]) and vae.posterior(sound)[1].max() == 20    # clamped
+    units = [sum(isinstance(layer, m.ResidualUnit) for layer in part) for part in (vae.encoder, vae.decoder)]
+    assert units == [4, 8]                                          # four stages: one unit each, and two to play
     x, unit = torch.randn(1, 8, 40, generator=seeded()), m.ResidualUnit(8, 3)
     assert (unit(x) - x).std(2).max() < 0.02                        # the identity and a constant, at first
 
