@@ -598,53 +598,58 @@ def time_embedding(t, dim, longest=10_000):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class FrameNorm(nn.LayerNorm):
-    """Each frame to mean 0 and deviation 1 over its features: [B, D, L] -> same.
+class FrameConv(nn.Conv2d):
+    """A convolution over frames whose features lie side by side: [B, L, D_in] -> [B, L', D_out].
 
-    A norm over all frames, as networks for images have it, makes a frame depend on how many others
-    there are: trained on windows of 32 frames and asked for a scale of 256 (the test with the MIDI
-    scale, two cores of an AMD EPYC), such a network was up to 1.7 semitones off, and is 0.2 now.
-    Lifts out with: nothing.
+    It is nn.Conv1d in another order of memory, the one in which a product or a norm over a frame's
+    features reads what lies together. Lifts out with: nothing.
     """
 
+    def __init__(self, inputs, outputs, kernel_size=3, stride=1, padding=1):
+        super().__init__(inputs, outputs, (1, kernel_size), (1, stride), (0, padding))
+
     def forward(self, x):
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        return super().forward(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """x [B, D_in, L] + f(x, e [B, E]) -> [B, D_out, L], scaled by e. Lifts out with: FrameNorm."""
+    """x [B, L, D_in] + f(x, e [B, E]) -> [B, L, D_out], scaled by e.
+
+    Its norm sees one frame at a time. One over all frames, as networks for images have it, makes a
+    frame depend on how many others there are: trained on windows of 32 frames and asked for a scale
+    of 256 (the test with the MIDI scale, two cores of an AMD EPYC), such a network was up to 1.7
+    semitones off, and is 0.2 now. Lifts out with: FrameConv.
+    """
 
     def __init__(self, inputs, outputs, embedding):
         super().__init__()
-        self.norm1, self.norm2 = FrameNorm(inputs), FrameNorm(outputs)
-        self.conv1 = nn.Conv1d(inputs, outputs, kernel_size=3, padding=1)
+        self.norm1, self.norm2 = nn.LayerNorm(inputs), nn.LayerNorm(outputs)
+        self.conv1, self.conv2 = FrameConv(inputs, outputs), FrameConv(outputs, outputs)
         self.modulate = nn.Linear(embedding, 2 * outputs)
-        self.conv2 = nn.Conv1d(outputs, outputs, kernel_size=3, padding=1)
-        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = nn.Linear(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x)))                              # [B, D_out, L]
-        scale, shift = self.modulate(F.silu(e))[..., None].chunk(2, dim=1)  # [B, D_out, 1] each
+        h = self.conv1(F.silu(self.norm1(x)))                              # [B, L, D_out]
+        scale, shift = self.modulate(F.silu(e))[:, None].chunk(2, dim=2)   # [B, 1, D_out] each
         return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
 class SelfAttention(nn.Module):
-    """x + attention over frames ([19] 3.2): [B, D, L] -> [B, D, L].
+    """x + attention over frames ([19] 3.2): [B, L, D] -> [B, L, D].
 
     In more than three spans of frames, each sees its own span and the two beside it, and work grows
-    as L, not as L^2. A window of 8 s, as in training, is one span. Lifts out with: FrameNorm.
+    as L, not as L^2. A window of 8 s, as in training, is one span. Lifts out with: nothing.
     """
 
     def __init__(self, width, heads=4, span=256):
         super().__init__()
-        self.heads, self.span, self.norm = heads, span, FrameNorm(width)
-        self.qkv = nn.Conv1d(width, 3 * width, 1)                  # 3: q, k and v
-        self.out = nn.Conv1d(width, width, 1)
+        self.heads, self.span, self.norm = heads, span, nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)    # 3: q, k and v
 
     def forward(self, x):
-        L, span, mask = x.shape[-1], self.span, None
-        qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.heads, -1))  # [B, 3, heads, D/heads, L]
-        q, k, v = qkv.transpose(-2, -1).unbind(1)                          # [B, heads, L, D/heads]
+        L, span, mask = x.shape[1], self.span, None
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))  # [B, L, 3, heads, D/heads]
+        q, k, v = qkv.transpose(1, 3).unbind(2)                            # [B, heads, L, D/heads]
         if L > 3 * span:                                                   # 3: see above
             behind, three = -L % span, lambda z, axis: z.unfold(axis, 3 * span, span)    # 3: same
             q = F.pad(q, (0, 0, 0, behind)).unflatten(2, (-1, span))       # [B, heads, n, span, .]
@@ -653,7 +658,7 @@ class SelfAttention(nn.Module):
             mask = ((where >= 0) & (where < L))[:, None]                   # [n, 1, 3 span]
         h = F.scaled_dot_product_attention(q, k, v, mask)
         h = h.flatten(2, -2)[:, :, :L]                                     # [B, heads, L, D/heads]
-        return x + self.out(h.transpose(-2, -1).flatten(1, 2))
+        return x + self.out(h.transpose(1, 2).flatten(2))
 
 
 class UNet1d(nn.Module):
@@ -663,7 +668,7 @@ class UNet1d(nn.Module):
     "not given"; None is all -1. controls [B, n, L]: curves laid beside the latents; NaN is "not
     given", and a mask says so; None is all NaN. L may be any length >= 1: padded inside, cropped
     again. No batch statistics: items do not see each other.
-    Lifts out with: FrameNorm, ResidualBlock, SelfAttention, time_embedding.
+    Lifts out with: FrameConv, ResidualBlock, SelfAttention, time_embedding.
     """
 
     def __init__(self, channels, width=128, multipliers=(1, 2, 2), label_sizes=(), controls=0,
@@ -675,17 +680,16 @@ class UNet1d(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
         self.tables = nn.ModuleList(nn.Embedding(size + 1, e) for size in label_sizes)
         # Ten inputs per curve: its value, whether it is given, four sines, four cosines.
-        self.enter = nn.Conv1d(channels + 10 * controls, width, kernel_size=3, padding=1)
+        self.enter = FrameConv(channels + 10 * controls, width)
         # Attention only below the finest level: there it costs most and tells least.
         attend = lambda i, d: SelfAttention(d, heads) if i > 0 else nn.Identity()
         self.down = nn.ModuleList(nn.ModuleList([
-            nn.Conv1d(a, a, kernel_size=4, stride=2, padding=1) if i > 0 else nn.Identity(),
+            FrameConv(a, a, kernel_size=4, stride=2) if i > 0 else nn.Identity(),
             ResidualBlock(a, b, e), attend(i, b)]) for i, (a, b) in levels)
         self.middle = ResidualBlock(last, last, e)
         self.up = nn.ModuleList(nn.ModuleList([ResidualBlock(2 * b, a, e), attend(i, a)])
                                 for i, (a, b) in reversed(levels))
-        self.exit = nn.Sequential(FrameNorm(width), nn.SiLU(),
-                                  nn.Conv1d(width, channels, kernel_size=3, padding=1))
+        self.exit = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), FrameConv(width, channels))
 
     def forward(self, x, t, labels=None, controls=None):
         """x [B, C, L], t [B], labels [B, K] or None, controls [B, n, L] or None -> [B, C, L]."""
@@ -700,15 +704,16 @@ class UNet1d(nn.Module):
             # A cent is 1/1200 octave: too little to see in c, but 2.4 degrees of the wave k = 3.
             waves = [f(2 * math.pi * c * 2 ** k) for k in range(4) for f in (torch.sin, torch.cos)]
             x = torch.cat([x, torch.cat([c, ~c.isnan(), *waves], dim=1).nan_to_num()], dim=1)
-        h, skips = self.enter(F.pad(x, (0, -L % 2 ** (len(self.down) - 1)))), []
+        x = F.pad(x, (0, -L % 2 ** (len(self.down) - 1))).transpose(1, 2)  # [B, L, C]: FrameConv
+        h, skips = self.enter(x), []
         for halve, block, attend in self.down:
-            h = attend(block(halve(h), e))                                 # [B, D, L/2^i]
+            h = attend(block(halve(h), e))                                 # [B, L/2^i, D]
             skips.append(h)
         h = self.middle(h, e)
         for block, attend in self.up:
-            h = attend(block(torch.cat([h, skips.pop()], dim=1), e))
-            h = F.interpolate(h, scale_factor=2.0) if skips else h         # [B, D, 2L]
-        return self.exit(h)[..., :L]
+            h = attend(block(torch.cat([h, skips.pop()], dim=2), e))
+            h = h.repeat_interleave(2, dim=1) if skips else h              # [B, 2L, D]
+        return self.exit(h).transpose(1, 2)[..., :L]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2221,12 +2226,12 @@ def take_out(net, without):
     """Leave ideas out of a UNet1d, to see what they are worth; returns it.
 
     without: any of "attention", "norm", "residuals" (no sums around blocks), "time" (t and labels
-    reach the middle block alone). Lifts out with: FrameNorm, ResidualBlock, SelfAttention.
+    reach the middle block alone). Lifts out with: FrameConv, ResidualBlock, SelfAttention.
     """
     for part in net.modules():
         if isinstance(part, SelfAttention) and "attention" in without:
             part.forward = lambda x: x
-        if isinstance(part, FrameNorm) and "norm" in without:
+        if isinstance(part, nn.LayerNorm) and "norm" in without:
             part.forward = lambda x: x
         if isinstance(part, ResidualBlock) and "residuals" in without:
             part.skip.forward = lambda x: 0.0

@@ -417,42 +417,46 @@ def test_unet_conditions():
     net.enter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     # value, given?, sin and cos of 45, 90, 180, 360 degrees
     net(x, t, controls=curves)
-    assert seen[0][0, 4::2, 0].tolist() == pytest.approx([0.125, 1, 0.5 ** 0.5, 0.5 ** 0.5, 1, 0, 0, -1, 0, 1],
+    assert seen[0][0, 0, 4::2].tolist() == pytest.approx([0.125, 1, 0.5 ** 0.5, 0.5 ** 0.5, 1, 0, 0, -1, 0, 1],
                                                          abs=1e-6)
-    assert seen[0][0, 5::2, 0].abs().max() == 0                     # not given: zeros
+    assert seen[0][0, 0, 5::2].abs().max() == 0                     # not given: zeros
 
 
-def test_frame_norm():
-    """(3, 5, 7) becomes (-1, 0, 1) sqrt(3/2), whatever stands in the other frames."""
-    x = torch.randn(1, 3, 9, generator=seeded())
-    x[0, :, 4] = torch.tensor([3.0, 5, 7])
-    assert m.FrameNorm(3)(x)[0, :, 4].tolist() == pytest.approx([-1.5 ** 0.5, 0, 1.5 ** 0.5], abs=1e-4)
+def test_frame_conv():
+    """It is nn.Conv1d with the axes in another order, at the U-Net's two kernels."""
+    for kernel, stride in ((3, 1), (4, 2)):
+        ours, theirs = m.FrameConv(6, 5, kernel, stride), torch.nn.Conv1d(6, 5, kernel, stride, padding=1)
+        theirs.weight.data, theirs.bias.data = ours.weight.data[:, :, 0], ours.bias.data
+        x = torch.randn(2, 6, 9, generator=seeded())
+        assert torch.allclose(ours(x.transpose(1, 2)).transpose(1, 2), theirs(x), atol=1e-6)
 
 
 def test_blocks_by_hand():
-    """Modulation by scale -1 and shift 2 leaves conv2(silu(2)) beside x;
-    attention is softmax(q k / sqrt(4)) v beside x."""
+    """Modulation by scale -1 and shift 2 leaves conv2(silu(2)) beside x; a block's two convolutions and its norms
+    reach two frames to either side; attention is softmax(q k / sqrt(4)) v beside x."""
     block, attention, x = (m.ResidualBlock(8, 8, 3), m.SelfAttention(8, heads=2),
-                           torch.randn(2, 8, 5, generator=seeded()))
+                           torch.randn(2, 5, 8, generator=seeded()))
+    far, e = x.clone(), torch.ones(2, 3)
+    far[:, 3, 0] += 1                                               # of one feature: a norm takes a shift of all away
+    assert (block(far, e) - block(x, e)).abs().amax((0, 2)).gt(1e-6).tolist() == [False, True, True, True, True]
     torch.nn.init.zeros_(block.modulate.weight)
     block.modulate.bias.data = torch.tensor([-1.0, 2.0]).repeat_interleave(8)
-    assert torch.allclose(block(x, torch.ones(2, 3)),
-                          x + block.conv2(torch.nn.functional.silu(torch.full_like(x, 2))), atol=1e-6)
-    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 4, 5).unbind(1)     # [B, heads, D/heads, L]
-    h = v @ (q.transpose(2, 3) @ k / 2).softmax(3).transpose(2, 3)
-    assert torch.allclose(attention(x), x + attention.out(h.reshape(2, 8, 5)), atol=1e-6)
+    assert torch.allclose(block(x, e), x + block.conv2(torch.nn.functional.silu(torch.full_like(x, 2))), atol=1e-6)
+    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)  # [B, heads, L, D/heads]
+    h = (q @ k.transpose(2, 3) / 2).softmax(3) @ v
+    assert torch.allclose(attention(x), x + attention.out(h.transpose(1, 2).reshape(2, 5, 8)), atol=1e-6)
 
 
 def test_attention_in_spans():
     """Spans of 4: 12 frames all see each other; of 21, frame i sees j if i // 4 and j // 4 differ by at most 1."""
     attention = m.SelfAttention(8, heads=2, span=4)
     for L in (12, 21):
-        x, span = torch.randn(2, 8, L, generator=seeded()), torch.arange(L) // 4
-        q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 4, L).unbind(1)
-        scores = q.transpose(2, 3) @ k / 2                          # the root of 4 features a head
+        x, span = torch.randn(2, L, 8, generator=seeded()), torch.arange(L) // 4
+        q, k, v = attention.qkv(attention.norm(x)).reshape(2, L, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) / 2                          # the root of 4 features a head
         scores = scores.masked_fill(((span[:, None] - span).abs() > 1) & (L > 12), -math.inf)
-        h = v @ scores.softmax(3).transpose(2, 3)
-        assert torch.allclose(attention(x), x + attention.out(h.reshape(2, 8, L)), atol=1e-5)
+        h = scores.softmax(3) @ v
+        assert torch.allclose(attention(x), x + attention.out(h.transpose(1, 2).reshape(2, L, 8)), atol=1e-5)
 
 
 def test_unet_keeps_items_apart_and_trains_everything():
