@@ -1255,7 +1255,7 @@ def test_taking_an_idea_out(what):
     Time out: a block's answer is that of e = 0's modulation, whatever e is."""
     torch.manual_seed(0)
     net = m.take_out(m.UNet1d(2, 8, (1, 2), heads=1), [what])
-    x, e = torch.randn(1, 8, 16), torch.randn(1, 32)
+    x, e = torch.randn(1, 16, 8), torch.randn(1, 32)
     if what == "attention":
         attention, = {type(a): a for _, _, a in net.down[1:]}.values()
         assert torch.equal(attention(x), x)
@@ -1416,10 +1416,28 @@ def test_training_stops_at_a_loss_that_is_not_finite(folder, tmp_path):
             return super().loss_at(net, *rest, **cond) * (math.nan if sum(steps) == 3 else 1)
     train(m.RectifiedFlow(), 10)
     good = (tmp_path / "model.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"diffusion: the loss is not finite at step 13, learning rate 0.00039; "
+    with pytest.raises(ValueError, match=r"diffusion: the loss is not finite at step 13, learning rate 0.000195; "
                                          r".*--resume .*--lr"):
         train(Breaks(), 300)
     assert sum(steps) == 3 and (tmp_path / "model.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("name", ["rf", "edm"])
+def test_levels_of_noise(name, folder, tmp_path):
+    """Trained on ln(sigma/alpha) from N(1, 1), `without` levels from N(0, 1); held out at N(1, 1) both times."""
+    data, means = latents_for_training(folder, tmp_path), []
+    for without in ((), ("levels",)):
+        objective, seen = m.OBJECTIVES[name](), {True: [], False: []}
+
+        def look(net, x, noise, t, *rest, seen=seen, objective=objective, **cond):
+            seen[net.training].append((objective.sigma(t) / objective.alpha(t)).log())
+            return type(objective).loss_at(objective, net, x, noise, t, *rest, **cond)
+        objective.loss_at = look
+        m.train_diffusion(m.UNet1d(2, 8, (1,), heads=1), objective, data, 2, tmp_path / f"{without}.pt", batch_size=4000,
+                          without=without)
+        means.append((torch.cat(seen[True]).mean().item(), torch.cat(seen[False])))
+    assert [mean for mean, _ in means] == pytest.approx([1, 0], abs=0.05)    # a deviation of 1/sqrt(8000) = 0.011
+    assert torch.equal(means[0][1], means[1][1])
 
 
 # ---- 10. Listening and measuring ----
@@ -1721,14 +1739,17 @@ def test_evaluate(run):
     result = json.loads((run / "evaluation.json").read_text())
     assert (set(result["pitch_accuracy"]) == set(result["frechet"]) == {"1", "2", "3"}
             and result["pitch_accuracy_real"] == 1)
-    assert (result["count"], result["seed"], result["nfe"]) == (4, 5, 2) and 0 < result["network_share"] <= 1
+    assert (result["count"], result["seed"], result["nfe"]) == (4, 5, 3) and 0 < result["network_share"] <= 1
     assert result["frechet_floor"] > 0 and result["nearest_ratio"] > 0 and result["seconds_per_item"] > 0
     assert (0 <= result["pitch_accuracy_codec"] <= 1
             and "guidance scale w" in (run / "samples" / "index.html").read_text())
     assert result["real_time_factor"] == pytest.approx(0.4 / result["seconds_per_item"])
-    assert m.main(["evaluate", "--run", str(run), "--count", "2", "--steps", "9", "--sampler", "heun"]) == 0
-    result = json.loads((run / "evaluation.json").read_text())      # 17 evaluations; fewer: 2 and 4 steps
+    assert m.main(["evaluate", "--run", str(run), "--count", "2"]) == 0
+    result = json.loads((run / "evaluation.json").read_text())      # Heun, 17 evaluations; fewer: 2 and 4 steps
     assert result["nfe"] == 17 and list(result["evaluations"]["frechet"]) == ["3 heun", "7 heun"]
+    assert m.main(["evaluate", "--run", str(run), "--count", "2", "--sampler", "euler"]) == 0
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["nfe"] == 16 and list(result["evaluations"]["frechet"]) == ["4 euler", "8 euler"]
 
 
 def test_evaluate_more(run, capsys):
