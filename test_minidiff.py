@@ -1433,8 +1433,8 @@ def test_levels_of_noise(name, folder, tmp_path):
             seen[net.training].append((objective.sigma(t) / objective.alpha(t)).log())
             return type(objective).loss_at(objective, net, x, noise, t, *rest, **cond)
         objective.loss_at = look
-        m.train_diffusion(m.UNet1d(2, 8, (1,), heads=1), objective, data, 2, tmp_path / f"{without}.pt", batch_size=4000,
-                          without=without)
+        m.train_diffusion(m.UNet1d(2, 8, (1,), heads=1), objective, data, 2, tmp_path / f"{without}.pt",
+                          batch_size=4000, without=without)
         means.append((torch.cat(seen[True]).mean().item(), torch.cat(seen[False])))
     assert [mean for mean, _ in means] == pytest.approx([1, 0], abs=0.05)    # a deviation of 1/sqrt(8000) = 0.011
     assert torch.equal(means[0][1], means[1][1])
