@@ -1860,8 +1860,9 @@ class LatentDataset:
 FORMAT = 1
 # Which noise to train on? Images are trained at sigma/alpha = e^N(0, 1) ([2]) or, with deviation
 # 0.5, e^N(-1.2, 1.2^2) ([3]). All 63 frames of a note say nearly the same, so that it shows through
-# more noise than a pixel does: followed on its way, a new string is settled between t = 0.95 and
-# 0.7. Of the times sigmoid(N(0, 1)) one in five is above 0.7; of sigmoid(N(1, 1)), more than half.
+# more noise than a pixel does: most strings keep their pitch at t = 0.67, and few at 0.89 (README,
+# from a sound to a sound). What is between makes the note, and is where a network must be good. A
+# quarter of the times sigmoid(N(0, 1)) is above 0.67, and three in five of sigmoid(N(1, 1)).
 OBJECTIVES = {"rf": lambda: RectifiedFlow(p_mean=1.0), "edm": lambda: EDM(p_mean=1.0, p_std=1.0),
               "vp": VPDiffusion}
 
