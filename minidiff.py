@@ -341,7 +341,8 @@ class EDM(NoisingProcess):
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43 60`, with `--cfg 1` and `--cfg 3`.
 # More is not simply better: in the README all notes are in tune with either, but the distance to
-# real notes (chapter 10) goes from 0.838 to 1.999. At the default, w = 2, it is 0.524.
+# real notes (chapter 10) goes from 0.246 to 1.063. At the default, w = 2, it is 0.555. Guidance
+# makes up for a weak network: one trained worse came nearer with w = 2 than with w = 1.
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
@@ -732,7 +733,7 @@ class UNet1d(nn.Module):
 # the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
-# in the README's demo such a note was heard at 43.01.
+# in the README's demo such a note was heard at 43.02.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -1883,7 +1884,7 @@ class EMA:
     def update(self, module):
         self.updates += 1
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))                # 10: see above
-        averages, weights = ([*net.state_dict().values()] for net in (self.module, module))
+        averages, weights = ([*n.parameters(), *n.buffers()] for n in (self.module, module))
         torch._foreach_lerp_(averages, weights, 1 - d)             # all at once
 
     def state_dict(self):
