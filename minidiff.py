@@ -127,8 +127,8 @@ from torch.utils.checkpoint import checkpoint
 # one ideal denoiser serves all, after a change of scale and of clock (`time_at`). The README says
 # which of these others call v, and with which sign.
 #
-# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README all 185 of
-# EDM's notes are in tune at w = 1, as are those of rectified flow.
+# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 184 of
+# EDM's 185 notes are in tune at w = 1, and all of rectified flow's.
 
 
 def expand(t, x):
