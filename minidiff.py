@@ -2249,12 +2249,8 @@ def take_out(net, without):
 
 
 def build_net(s):
-    """The network that a run's settings describe, with random weights. ValueError: there is nothing
-    to leave out of the tutorial's.
-    """
+    """The network that a run's settings describe, with random weights."""
     if s["net"] == "tutorial":
-        if has_not := set(s["without"]) - {"levels", "ema", "schedule"}:
-            raise ValueError(f"--without {has_not.pop()}: the tutorial's network has none anyway")
         return TutorialUNet(s["channels"])
     labels = (128, 128, len(s["sources"])) if s["condition"] == "note" else ()       # MIDI's ranges
     # 96 wide is half the work of 128: in the same time more steps, which are worth more at first.
@@ -2900,9 +2896,12 @@ def open_data(settings, run):
 
 
 def choose_condition(settings, recordings):
-    """The condition asked for; for auto, the richest there is. ValueError if it cannot be had.
-    Lifts out with: nothing.
+    """The condition asked for; for auto, the richest there is. ValueError if it cannot be had, or
+    if what shall be left out of the tutorial's network is not in it. Lifts out with: nothing.
     """
+    has_not = {*settings["without"]} - {"levels", "ema", "schedule"}
+    if has_not and settings["net"] == "tutorial":
+        raise ValueError(f"--without {has_not.pop()}: the tutorial's network has none anyway")
     asked, tutorial = settings["condition"], settings["net"] == "tutorial"
     labelled = bool((recordings.labels[:, 0] >= 0).any())
     best = ("none" if tutorial else "control" if settings["data"] == "melodies" else

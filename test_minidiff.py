@@ -1831,7 +1831,9 @@ def test_options_of_training(run, tmp_path, monkeypatch, capsys):
             "--compile"]
     assert m.main(argv) == 2
     assert (seen["minutes"], seen["without"], seen["compiled"]) == (2.5, ["ema", "attention"], True)
-    assert m.main([*argv, "--net", "tutorial"]) == 2 and "none anyway" in capsys.readouterr().err
+    new = tmp_path / "new"                                          # refused before anything is trained
+    assert m.main(["train", "--run", str(new), "--net", "tutorial", "--without", "time"]) == 2 and not new.exists()
+    assert "none anyway" in capsys.readouterr().err
     judges = {}
     monkeypatch.setattr(m, "train_codec", lambda codec, data, *a, adversarial_from, **k: (_ for _ in ()).throw(
         ValueError(judges.update({type(data).__name__: adversarial_from}))))
