@@ -7,6 +7,7 @@ x(t) = alpha mu + sqrt(alpha^2 s^2 + sigma^2) z with one z for all t.
 import ast
 import base64
 import contextlib
+import copy
 import csv
 import functools
 import http.server
@@ -1194,17 +1195,38 @@ def test_training_loop(tmp_path):
         loss = 1000 * net.weight.sum()
         loss.backward()
         return {"loss": loss}
-    average = m.training_loop("it", net, lambda: None, learn, lambda *_: ({}, ""), tmp_path / "a.pt", 1, 1e-3,
-                              (0.9, 0.99), 1.0, seeded())
+    average = m.training_loop("it", net, [net.weight], lambda: None, learn, lambda *_: ({}, ""), tmp_path / "a.pt", 1,
+                              1e-3, (0.9, 0.99), 1.0, seeded())
     assert (net.weight.item() == pytest.approx(-1e-5, rel=1e-3)
             and average.weight.item() == pytest.approx(-9e-5 / 11, rel=1e-3))
     assert (m.load_checkpoint(tmp_path / "a.pt")["optimiser"]["state"][0]["exp_avg"].item()
             == pytest.approx(0.1, rel=1e-3))
 
 
+def test_side_by_side():
+    """Three steps of Adam on weights side by side are three steps on each: the same weights, the same norm."""
+    torch.manual_seed(0)
+    one = m.UNet1d(2, 8, (1, 2), heads=1)
+    two, x, t = copy.deepcopy(one), torch.randn(4, 2, 16), torch.rand(4)
+    weights = m.side_by_side(two)
+    assert same(one.state_dict(), two.state_dict())
+    for net, parts in ((one, list(one.parameters())), (two, [weights])):
+        adam = torch.optim.AdamW(parts, 1e-2)
+        for _ in range(3):
+            adam.zero_grad(set_to_none=False)
+            net(x, t).square().mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(parts, 1e-2).item()
+            adam.step()
+        weights.seen = [norm] if net is one else [*weights.seen, norm]
+    assert weights.seen[0] == pytest.approx(weights.seen[1], rel=1e-4)
+    gathered = torch.cat([p.flatten() for p in one.parameters()])
+    assert torch.allclose(weights, gathered, atol=1e-5) and len(weights) == sum(p.numel() for p in two.parameters())
+    assert torch.equal(weights, torch.cat([p.flatten() for p in two.parameters()]))
+
+
 def test_what_training_leaves_out(tmp_path):
-    """`without` ema: the average is the last weights; schedule: Adam's first step is the whole rate, 1e-3;
-    minutes = 0: one step."""
+    """`without` ema: the average is the last weights, else it is taken at steps 1, 5 and 9; schedule: Adam's
+    first step is the whole rate, 1e-3; minutes = 0: one step."""
     def train(steps=1, **how):
         net = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(net.weight)
@@ -1213,11 +1235,13 @@ def test_what_training_leaves_out(tmp_path):
             loss = net.weight.sum()
             loss.backward()
             return {"loss": loss}
-        average = m.training_loop("it", net, lambda: None, learn, lambda *_: ({}, ""), tmp_path / "a.pt", steps, 1e-3,
-                                  (0.9, 0.99), 1.0, seeded(), **how)
+        average = m.training_loop("it", net, [net.weight], lambda: None, learn, lambda *_: ({}, ""), tmp_path / "a.pt",
+                                  steps, 1e-3, (0.9, 0.99), 1.0, seeded(), **how)
         return net.weight.item(), average.weight.item(), m.load_checkpoint(tmp_path / "a.pt")
     weight, average, state = train(without=("ema", "schedule"))
     assert weight == average == pytest.approx(-1e-3, rel=1e-3)
+    weight, average, state = train(steps=3, without=("ema",))
+    assert weight == average and train(steps=10)[2]["ema"]["updates"] == 3
     weight, average, state = train(steps=1000, minutes=0.0)
     assert weight == pytest.approx(-1e-5, rel=1e-3) and (state["step"], state["complete"]) == (1, True)
 
@@ -1255,7 +1279,7 @@ def test_taking_an_idea_out(what):
     Time out: a block's answer is that of e = 0's modulation, whatever e is."""
     torch.manual_seed(0)
     net = m.take_out(m.UNet1d(2, 8, (1, 2), heads=1), [what])
-    x, e = torch.randn(1, 16, 8), torch.randn(1, 32)
+    x, e = torch.randn(1, 16, 8), torch.randn(1, 16)
     if what == "attention":
         attention, = {type(a): a for _, _, a in net.down[1:]}.values()
         assert torch.equal(attention(x), x)
@@ -2124,6 +2148,7 @@ USES = {
     "LossBalancer": "LossBalancer({'a': 1}).shares == {}", "Plucks": "len(Plucks(37, seconds=0.1).audio(3)) == 1600",
     "Melodies": "Melodies(2, seconds=1.0).audio(0).abs().max() > 0",
     "EMA": "EMA(nn.Linear(1, 1)).update(nn.Linear(1, 1)) is None",
+    "side_by_side": "side_by_side(nn.Linear(2, 3)).shape == (9,)",
     "save_checkpoint": "save_checkpoint(path, a=1) is None and os.path.exists(path)",
     "frechet_distance": "abs(frechet_distance(torch.eye(3), torch.eye(3) + 1) - 3) < 1e-6",
     "schedule": "schedule(type('Flow', (), dict(t_max=1.0))(), 'linear', 4).tolist() == [1, 0.75, 0.5, 0.25, 0]",
