@@ -1839,6 +1839,11 @@ class LatentDataset:
 # its gradient is off by chance, and late weights rattle about the best ones. The moving average of
 # the weights (EMA) is near what they rattle about, and to be had at any step ([21] section 3.1).
 #
+# Speed. Clipping, Adam and the average hardly calculate, but each goes over all weights, in memory.
+# The less of that, the better: the diffusion model's weights lie in one piece (side_by_side), and
+# the average is taken at every fourth step only. The log says what share of a step is left for
+# forward and backward passes, the part that learns.
+#
 # Checkpoints. Saved is everything that the next step depends on: weights, average, Adam's memory,
 # the state of the random generator. So training that was stopped and resumed ends with the bits of
 # one that was not. write_file sees to it that at any moment the old or the new state is whole.
