@@ -541,7 +541,7 @@ def optimise_noise(sample, noise, loss, steps, lr):
 # looking close, a pitch by looking at the whole note; so the network looks at several resolutions:
 # down (halve L, see further), then up again, where each level gets the detail of the way down
 # through a skip connection. That is a U-Net. `TutorialUNet` is the idea at its barest, as the first
-# of the seeds has it. `UNet1d` is Diff-A-Riff's [9] in its essence, and adds four things:
+# of the seeds has it. `UNet1d` is Diff-A-Riff's [9] in its essence, and adds five things:
 #
 #     time in every block  the same x_t asks different things at t = 0.1 and at 0.9: each block's
 #                          normalised features are scaled and shifted by a function of t and labels
@@ -550,8 +550,11 @@ def optimise_noise(sample, noise, loss, steps, lr):
 #     norm                 features of size 1, whatever the level of the noise; frame by frame, so
 #                          that a long sound is treated as a short one is
 #     attention            at the coarse levels each frame may look at frames far away
+#     position             each frame is told how long ago the note began. A convolution does not
+#                          know: near t = 1, where x_t says little, it would answer the attack of a
+#                          note and its end alike, with their mean
 #
-# Try: `python minidiff.py train --without time`, and then norm, residuals, attention, each with a
+# Try: `python minidiff.py train --without time`, and then norm, residuals and so on, each with a
 # --run of its own. The README shows what each was worth within the same seconds.
 
 
@@ -668,20 +671,23 @@ class UNet1d(nn.Module):
     labels [B, K] long: one embedding table per slot, of label_sizes[k] rows and one more for -1,
     "not given"; None is all -1. controls [B, n, L]: curves laid beside the latents; NaN is "not
     given", and a mask says so; None is all NaN. L may be any length >= 1: padded inside, cropped
-    again. No batch statistics: items do not see each other.
+    again. No batch statistics: items do not see each other. window: how many positions are told
+    apart, at most as many as training shows (1: none are); later frames count as the last.
     Lifts out with: FrameConv, ResidualBlock, SelfAttention, time_embedding.
     """
 
     def __init__(self, channels, width=128, multipliers=(1, 2, 2), label_sizes=(), controls=0,
-                 heads=4):
+                 heads=4, window=1):
         super().__init__()
-        self.controls, widths = controls, [width] + [width * m for m in multipliers]
+        self.controls, self.window = controls, window
+        widths = [width] + [width * m for m in multipliers]
         levels, last = list(enumerate(zip(widths, widths[1:]))), widths[-1]
         e = 2 * width                        # 4 is usual: more weights, and no better here
         self.time_mlp = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
         self.tables = nn.ModuleList(nn.Embedding(size + 1, e) for size in label_sizes)
         # Ten inputs per curve: its value, whether it is given, four sines, four cosines.
         self.enter = FrameConv(channels + 10 * controls, width)
+        self.place = nn.Linear(width, width)
         # Attention only below the finest level: there it costs most and tells least.
         attend = lambda i, d: SelfAttention(d, heads) if i > 0 else nn.Identity()
         self.down = nn.ModuleList(nn.ModuleList([
@@ -706,7 +712,9 @@ class UNet1d(nn.Module):
             waves = [f(2 * math.pi * c * 2 ** k) for k in range(4) for f in (torch.sin, torch.cos)]
             x = torch.cat([x, torch.cat([c, ~c.isnan(), *waves], dim=1).nan_to_num()], dim=1)
         x = F.pad(x, (0, -L % 2 ** (len(self.down) - 1))).transpose(1, 2)  # [B, L, C]: FrameConv
-        h, skips = self.enter(x), []
+        frame = torch.arange(x.shape[1], device=x.device).clamp(max=self.window - 1)
+        place = time_embedding(frame / 1000, self.place.in_features)       # 1000: its own factor
+        h, skips = self.enter(x) + self.place(place), []
         for halve, block, attend in self.down:
             h = attend(block(halve(h), e))                                 # [B, L/2^i, D]
             skips.append(h)
@@ -2257,14 +2265,17 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=32, lr
 def take_out(net, without):
     """Leave ideas out of a UNet1d, to see what they are worth; returns it.
 
-    without: any of "attention", "norm", "residuals" (no sums around blocks), "time" (t and labels
-    reach the middle block alone). Lifts out with: FrameConv, ResidualBlock, SelfAttention.
+    without: any of "attention", "norm", "position", "residuals" (no sums around blocks), "time" (t
+    and labels reach the middle block alone).
+    Lifts out with: FrameConv, ResidualBlock, SelfAttention, UNet1d, time_embedding.
     """
     for part in net.modules():
         if isinstance(part, SelfAttention) and "attention" in without:
             part.forward = lambda x: x
         if isinstance(part, nn.LayerNorm) and "norm" in without:
             part.forward = lambda x: x
+        if isinstance(part, UNet1d) and "position" in without:
+            part.place.forward = lambda place: 0.0
         if isinstance(part, ResidualBlock) and "residuals" in without:
             part.skip.forward = lambda x: 0.0
         if isinstance(part, ResidualBlock) and "time" in without and part is not net.middle:
@@ -2278,8 +2289,11 @@ def build_net(s):
     if s["net"] == "tutorial":
         return TutorialUNet(s["channels"])
     labels = (128, 128, len(s["sources"])) if s["condition"] == "note" else ()       # MIDI's ranges
+    # Curves say where we are in a sound, in one that is longer than those of the training too.
+    curves = s["condition"] == "control"
     # 96 wide is half the work of 128: in the same time more steps, which are worth more at first.
-    net = UNet1d(s["channels"], 96, label_sizes=labels, controls=2 * (s["condition"] == "control"))
+    net = UNet1d(s["channels"], 96, label_sizes=labels, controls=2 * curves,
+                 window=1 if curves else s["frames"])
     return take_out(net, s["without"])
 
 
@@ -2763,7 +2777,7 @@ training
 --lr               t    0.0015 0.0..                   highest learning rate of the diffusion model
 --adversarial-from ct   -      0..                     codec step: its discriminator joins (half
                                                        of them; for built-in data never)
---without          t    -      time|norm|residuals|attention|levels|ema|schedule+
+--without          t    -      time|norm|residuals|attention|position|levels|ema|schedule+
                                                        what to leave out, to see what it is worth
                                                        (schedule: of the learning rate)
 --latents          t    memory memory|disk             where they are while the training draws them

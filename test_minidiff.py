@@ -423,6 +423,21 @@ def test_unet_conditions():
     assert seen[0][0, 0, 5::2].abs().max() == 0                     # not given: zeros
 
 
+def test_positions():
+    """Each frame is told sin and cos of its number, the last of the window's for all that come later;
+    a run's window is what it trains on, or 1 if curves tell."""
+    net, seen = small_unet(window=5), []
+    net.place.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain = net(torch.ones(1, 4, 8), torch.ones(1))
+    number = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4.0])
+    waves = [f(number * 10_000 ** (-k / 4)) for f in (torch.sin, torch.cos) for k in range(4)]
+    assert torch.allclose(seen[0], torch.stack(waves, dim=1), atol=1e-5)
+    torch.nn.init.zeros_(net.place.weight)
+    assert (net(torch.ones(1, 4, 8), torch.ones(1)) - plain).abs().max() > 1e-3      # and it listens
+    settings = {"net": "unet", "channels": 4, "sources": ["a"], "frames": 63, "without": []}
+    assert [m.build_net(settings | {"condition": c}).window for c in ("note", "none", "control")] == [63, 63, 1]
+
+
 def test_frame_conv():
     """It is nn.Conv1d with the axes in another order, at the U-Net's two kernels."""
     for kernel, stride in ((3, 1), (4, 2)):
@@ -1272,10 +1287,10 @@ def test_latents_on_disk(tmp_path):
     assert b.flat[0, 0] == rows[0, 0] + 1 and a.flat[0, 0] == rows[0, 0]
 
 
-@pytest.mark.parametrize("what", ["attention", "norm", "residuals", "time"])
+@pytest.mark.parametrize("what", ["attention", "norm", "position", "residuals", "time"])
 def test_taking_an_idea_out(what):
     """Attention out: frames far away are not heard. Norm out: twice the input, another answer scale.
-    Residuals out: a block whose last convolution is 0 gives 0.
+    Position out: it is worth 0. Residuals out: a block whose last convolution is 0 gives 0.
     Time out: a block's answer is that of e = 0's modulation, whatever e is."""
     torch.manual_seed(0)
     net = m.take_out(m.UNet1d(2, 8, (1, 2), heads=1), [what])
@@ -1285,6 +1300,10 @@ def test_taking_an_idea_out(what):
         assert torch.equal(attention(x), x)
     elif what == "norm":
         assert torch.equal(net.exit[0](x), x)
+    elif what == "position":
+        before = m.UNet1d.forward(net, x[..., :2].mT, e[0, :1])
+        torch.nn.init.ones_(net.place.weight)
+        assert torch.equal(m.UNet1d.forward(net, x[..., :2].mT, e[0, :1]), before) and net.place(e) == 0
     else:
         block = net.down[0][1]
         torch.nn.init.zeros_(block.conv2.weight)
@@ -1632,7 +1651,7 @@ def run(tmp_path_factory):
     """`train` on 60 short plucks, from the command to sounds."""
     root, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
     patch.setattr(m.Plucks.__init__, "__defaults__", (60, 0, 0.4, 16_000))
-    patch.setattr(m.UNet1d.__init__, "__defaults__", (16, (1, 2), (), 0, 4))
+    patch.setattr(m.UNet1d.__init__, "__defaults__", (16, (1, 2), (), 0, 4, 1))
     argv = ["train", "--run", str(root / "r"), "--codec-steps", "2", "--steps", "3", "--batch-size", "4"]
     assert m.main(argv) == 0
     yield root / "r"
