@@ -1955,7 +1955,7 @@ def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
     m.save_audio(tmp_path / "note.wav", torch.randn(6400, generator=seeded()) / 5, 16_000)
     monkeypatch.chdir(tmp_path)
     for name, small in (("Plucks", (14, 0, 0.3, 16_000)), ("Melodies", (14, 0, 0.3, 16_000)), ("TutorialUNet", (8, 2)),
-                        ("UNet1d", (8, (1,), (), 0, 1)), ("SnakeVAE", (8, (4, 4, 4, 4), 4, (1,)))):
+                        ("UNet1d", (8, (1,), (), 0, 1, 1)), ("SnakeVAE", (8, (4, 4, 4, 4), 4, (1,)))):
         monkeypatch.setattr(getattr(m, name).__init__, "__defaults__", small)
     monkeypatch.setattr(m.train_codec, "__defaults__", (0, "cpu", 1, 5e-4, 1024, 1e-3, None))
     assert m.main(["train", "--run", "run", "--codec-steps", "1", "--steps", "1", "--batch-size", "2"]) == 0
@@ -2017,7 +2017,7 @@ def test_command_line_fuzz(tmp_path, monkeypatch, capsys):
 PROGRAM = """
 import os, resource, shutil, signal, sys, time, torch._dynamo, minidiff as m      # the first optimiser wants _dynamo
 m.Plucks.__init__.__defaults__ = (40, 0, 0.4, 16_000)
-m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1)
+m.UNet1d.__init__.__defaults__ = (8, (1,), (), 0, 1, 1)
 m.SnakeVAE.__init__.__defaults__ = (8, (4, 4, 4, 4), 4, (1,))
 m.train_codec.__defaults__ = (0, "cpu", 1, 5e-4, 1024, 1e-3, None)
 clock = time.monotonic
