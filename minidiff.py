@@ -127,7 +127,7 @@ from torch.utils.checkpoint import checkpoint
 # one ideal denoiser serves all, after a change of scale and of clock (`time_at`). The README says
 # which of these others call v, and with which sign.
 #
-# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 184 of
+# Try: `python minidiff.py train --objective edm --run runs/edm`. In the README 182 of
 # EDM's 185 notes are in tune at w = 1, and all of rectified flow's.
 
 
@@ -341,8 +341,8 @@ class EDM(NoisingProcess):
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43 60`, with `--cfg 1` and `--cfg 3`.
 # More is not simply better: in the README all notes are in tune with either, but the distance to
-# real notes (chapter 10) goes from 0.246 to 1.063. At the default, w = 2, it is 0.555. With
-# another seed w = 2 comes nearer than w = 1 (0.402 and 0.545): it depends on the network.
+# real notes (chapter 10) goes from 0.204 to 1.208. At the default, w = 2, it is 0.640. A network
+# that has learnt less may come nearer with w = 2 than with w = 1, as one in the README did.
 
 
 def guide(conditional, unconditional, scale, rescale=0.0):
@@ -550,9 +550,9 @@ def optimise_noise(sample, noise, loss, steps, lr):
 #     norm                 features of size 1, whatever the level of the noise; frame by frame, so
 #                          that a long sound is treated as a short one is
 #     attention            at the coarse levels each frame may look at frames far away
-#     position             each frame is told how long ago the note began. A convolution does not
-#                          know: near t = 1, where x_t says little, it would answer the attack of a
-#                          note and its end alike, with their mean
+#     position             each frame is told how many frames are before it. Convolutions and
+#                          attention do not know: near t = 1, where x_t says little, they would
+#                          answer the attack of a note and its end alike, with their mean
 #
 # Try: `python minidiff.py train --without time`, and then norm, residuals and so on, each with a
 # --run of its own. The README shows what each was worth within the same seconds.
@@ -621,8 +621,8 @@ class ResidualBlock(nn.Module):
 
     Its norm sees one frame at a time. One over all frames, as networks for images have it, makes a
     frame depend on how many others there are: trained on windows of 32 frames and asked for a scale
-    of 256 (the test with the MIDI scale, two cores of an AMD EPYC), such a network was up to 1.7
-    semitones off, and is 0.2 now. Lifts out with: FrameConv.
+    of 256 (the test with the MIDI scale, on the README's machine C), such a network was up to 2.2
+    semitones off, this one 0.2. Lifts out with: FrameConv.
     """
 
     def __init__(self, inputs, outputs, embedding):
@@ -687,7 +687,7 @@ class UNet1d(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(size + 1, e) for size in label_sizes)
         # Ten inputs per curve: its value, whether it is given, four sines, four cosines.
         self.enter = FrameConv(channels + 10 * controls, width)
-        self.place = nn.Linear(width, width)
+        self.position = nn.Linear(width, width)
         # Attention only below the finest level: there it costs most and tells least.
         attend = lambda i, d: SelfAttention(d, heads) if i > 0 else nn.Identity()
         self.down = nn.ModuleList(nn.ModuleList([
@@ -713,8 +713,8 @@ class UNet1d(nn.Module):
             x = torch.cat([x, torch.cat([c, ~c.isnan(), *waves], dim=1).nan_to_num()], dim=1)
         x = F.pad(x, (0, -L % 2 ** (len(self.down) - 1))).transpose(1, 2)  # [B, L, C]: FrameConv
         frame = torch.arange(x.shape[1], device=x.device).clamp(max=self.window - 1)
-        place = time_embedding(frame / 1000, self.place.in_features)       # 1000: its own factor
-        h, skips = self.enter(x) + self.place(place), []
+        waves = time_embedding(frame / 1000, self.position.in_features)    # 1000: its own factor
+        h, skips = self.enter(x) + self.position(waves), []                # [B, L, D]
         for halve, block, attend in self.down:
             h = attend(block(halve(h), e))                                 # [B, L/2^i, D]
             skips.append(h)
@@ -741,7 +741,7 @@ class UNet1d(nn.Module):
 # the README, on 1,695 recorded notes, the one is right for 99.9 % and the other for 40 %.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears;
-# in the README's demo such a note was heard at 43.02.
+# in the README's demo such a note was heard at 43.01.
 
 
 def resample(audio, from_rate, to_rate, padding=0.1):
@@ -2071,7 +2071,7 @@ def training_loop(what, net, weights, draw, learn, report, path, steps, lr, beta
             seen = learn(step, batch)
         seen["gradient"] = nn.utils.clip_grad_norm_(weights, max_norm)
         optimiser.step()
-        if step % 4 == 0 or "ema" in without:          # a quarter of the work, the same average
+        if step % 4 == 0 or "ema" in without:          # 0.996 = 0.999^4: the same average
             ema.update(net)
         return {name: value.detach() for name, value in seen.items()}
 
@@ -2149,7 +2149,7 @@ def train_codec(codec, recordings, steps, path, seed=0, device="cpu", batch_size
         return {}, (f"l1 {means['l1']:.3f}, stft {means['stft']:.3f}, kl {means['kl']:.2f}, "
                     f"{means['active']:.0f} of {codec.channels} channels active")
 
-    # Gradients have norms of 15 to 34 (means of 50 steps of the demo): nearly all are cut to 10.
+    # Gradients have norms of 15 to 32 (means of 50 steps of the demo): nearly all are cut to 10.
     average = training_loop(
         "codec", codec, list(codec.parameters()), draw, learn, report, path, steps, lr, betas,
         max_norm=10.0, generator=generator, batch_size=batch_size, judge=judge, balancer=balancer,
@@ -2256,7 +2256,8 @@ def train_diffusion(net, objective, data, steps, path, seed=0, batch_size=32, lr
             f"loss {means['loss']:.3f}, held out {valid:.3f} "
             f"(zero network {zero:.3f}, ideal Gaussian {gaussian:.3f})")
 
-    # With gradients of norm 1 at most, a rare bad batch costs one step only.
+    # Gradients have norms of 0.7 to 1.1 (means of 50 steps of the demo): at 1, a rare bad batch
+    # pulls no harder than others.
     return training_loop("diffusion", net, [weights], draw, learn, report, path, steps, lr,
                          betas=(0.9, 0.99), max_norm=1.0, generator=generator,
                          batch_size=batch_size, **how)
@@ -2275,7 +2276,7 @@ def take_out(net, without):
         if isinstance(part, nn.LayerNorm) and "norm" in without:
             part.forward = lambda x: x
         if isinstance(part, UNet1d) and "position" in without:
-            part.place.forward = lambda place: 0.0
+            part.position.forward = lambda waves: 0.0
         if isinstance(part, ResidualBlock) and "residuals" in without:
             part.skip.forward = lambda x: 0.0
         if isinstance(part, ResidualBlock) and "time" in without and part is not net.middle:

@@ -427,12 +427,12 @@ def test_positions():
     """Each frame is told sin and cos of its number, the last of the window's for all that come later;
     a run's window is what it trains on, or 1 if curves tell."""
     net, seen = small_unet(window=5), []
-    net.place.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net.position.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     plain = net(torch.ones(1, 4, 8), torch.ones(1))
     number = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4.0])
     waves = [f(number * 10_000 ** (-k / 4)) for f in (torch.sin, torch.cos) for k in range(4)]
     assert torch.allclose(seen[0], torch.stack(waves, dim=1), atol=1e-5)
-    torch.nn.init.zeros_(net.place.weight)
+    torch.nn.init.zeros_(net.position.weight)
     assert (net(torch.ones(1, 4, 8), torch.ones(1)) - plain).abs().max() > 1e-3      # and it listens
     settings = {"net": "unet", "channels": 4, "sources": ["a"], "frames": 63, "without": []}
     assert [m.build_net(settings | {"condition": c}).window for c in ("note", "none", "control")] == [63, 63, 1]
@@ -1302,8 +1302,8 @@ def test_taking_an_idea_out(what):
         assert torch.equal(net.exit[0](x), x)
     elif what == "position":
         before = m.UNet1d.forward(net, x[..., :2].mT, e[0, :1])
-        torch.nn.init.ones_(net.place.weight)
-        assert torch.equal(m.UNet1d.forward(net, x[..., :2].mT, e[0, :1]), before) and net.place(e) == 0
+        torch.nn.init.ones_(net.position.weight)
+        assert torch.equal(m.UNet1d.forward(net, x[..., :2].mT, e[0, :1]), before) and net.position(e) == 0
     else:
         block = net.down[0][1]
         torch.nn.init.zeros_(block.conv2.weight)
