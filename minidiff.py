@@ -129,9 +129,9 @@ def toy(steps=3000, seed=0):
 #     velocity  =  alpha' x_0^ + sigma' noise^,      the mean of dx_t/dt at x_t
 #     score     =  (alpha x_0^ - x_t) / sigma^2,     the gradient of ln p(x_t)
 #
-# Each pair of x_0 and noise is a path; where paths cross, the velocity is the mean direction. Points
-# that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as noise at the
-# largest t arrives at t = 0 distributed as the data.
+# Each pair of x_0 and noise is a path. Where paths cross, the velocity is their mean direction.
+# Points that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as noise
+# at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise = -dx_t/dt. So velocity = -v
 # and x_0^ = x_t + t v. The others differ in alpha, sigma and target. They are one method on several
@@ -1284,17 +1284,18 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
     for done in range(first + 1, steps + 1):
         optimiser.param_groups[0]["lr"] = learning_rate(done - 1, steps, lr)
         optimiser.zero_grad()
-        rows.append(learn(done - 1))
-        rows[-1]["gradient norm"] = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        seen = learn(done - 1)
+        seen["gradient norm"] = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        rows.append({name: value.detach() for name, value in seen.items()})  # not their graphs
         optimiser.step()
         average.update_parameters(net)
         if done % 100 == 0 or done == steps:
-            means = {key: sum(row[key] for row in rows).item() / len(rows) for key in rows[0]}
+            means = {name: sum(row[name] for row in rows).item() / len(rows) for name in rows[0]}
             rows.clear()
             if not all(map(math.isfinite, means.values())):
                 raise ValueError(f"{what}: not finite at step {done}: --resume with a smaller --lr")
             if RANK == 0:
-                said = ", ".join(f"{key} {means[key]:.3f}" for key in [*means][:4])
+                said = ", ".join(f"{name} {means[name]:.3f}" for name in [*means][:4])
                 print(f"{what}: step {done:,} of {steps:,}: {said}", file=sys.stderr)
                 with open(path.parent / "log.csv", "a", newline="") as file:
                     csv.writer(file).writerows([what, done, *item] for item in means.items())
@@ -1639,7 +1640,7 @@ def build_parser():
     sample("--init-noise", type=float, help="its noise level t (default: half way)")
     sample("--keep", type=float, nargs=2, help="start and end of what stays of it, in seconds")
     sample("--out", type=pathlib.Path, help="folder (default: samples in the run)")
-    measure("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0], help="scales w (default 1 1.25 2)")
+    measure("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0], help="(default 1 1.25 2)")
     return top
 
 def prepare(args, folder):
