@@ -6,18 +6,19 @@ top: no definition uses a name that stands below it. To copy a piece, take the i
 docstring lists after "Lifts out with" (chapters 0 to 8).
 
     python minidiff.py toy                                     the whole idea, in ten seconds
-    python minidiff.py train                                   an instrument, on two CPU cores
+    python minidiff.py train                                   an instrument, in minutes
     python minidiff.py sample --run runs/plucks --pitch 60     play a note of it
 
 The alphabet
     B batch    T audio samples    C latent channels    L latent frames    D features    N how many
     Brackets hold axes. Audio is [B, T], mono, float32; latents are [B, C, L]; times are [B].
     x_0 is data, noise is N(0, I), and x_t = alpha(t) x_0 + sigma(t) noise lies between them.
-    t = 0 is data and the largest t is noise. Samplers walk from there down to 0 in steps h.
-    velocity is dx/dt, away from the data. v is what a network answers: -dx/dt in rectified flow.
+    t = 0 is data and the largest t is noise. Samplers walk from there down to 0.
+    velocity is dx/dt, away from the data; in rectified flow the network answers v = -velocity.
     w is the guidance scale: w = 1 is no guidance, w = 0 ignores the condition.
     A condition that is not given is -1 where it is an integer (a label), NaN where it is a curve.
     A pitch is a MIDI number: 60 is middle C, 69 is A at 440 Hz, 1 is a semitone, 0.01 is a cent.
+    A MIDI velocity, 0 to 127, says how hard a note is struck. It has nothing to do with dx/dt.
 
 The chapters
     0 The whole idea on one page          4 The U-Net         8 Data
@@ -63,7 +64,7 @@ from torch.utils.data import Dataset
 # 0. The whole idea on one page
 # ----------------------------------------------------------------------
 # We have examples x_0 and want more of the kind. Mix one with noise, x_t = (1 - t) x_0 + t noise,
-# and let a network tell, from x_t and t alone, the direction from noise to example: x_0 - noise.
+# and let a network predict, from x_t and t alone, the direction from noise to example: x_0 - noise.
 # Many such lines pass through one point; it learns their mean. For a new example, start at fresh
 # noise and follow the network in small steps from t = 1 to t = 0. This is rectified flow [1],
 # complete. Here an example is a point on one of two half moons. Later it is a note.
@@ -122,20 +123,25 @@ def toy(steps=3000, seed=0):
 #
 #     E[(a - y)^2 | x_t]  =  (a - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. It is linear in y: whether we ask for x_0, for the
-# noise or for a mixture, one answer and x_t give the others. With ^ for such a mean and ' for d/dt:
+# so the best answer is the mean E[y | x_t]. Write ^ for such a mean. x_t itself is known, so the
+# mean of the first equation is x_t = alpha x_0^ + sigma noise^: whether the network answers x_0^,
+# noise^ or a mixture of them, x_t gives the others. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^,      the mean of dx_t/dt at x_t
 #     score     =  (alpha x_0^ - x_t) / sigma^2,     the gradient of ln p(x_t)
+#
+# (For one x_0, x_t is N(alpha x_0, sigma^2), whose ln has the gradient (alpha x_0 - x_t) / sigma^2;
+# the score is the mean of that.)
 #
 # Each pair of x_0 and noise is a path. Where paths cross, the velocity is their mean direction.
 # Points that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as noise
 # at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise = -dx_t/dt. So velocity = -v
-# and x_0^ = x_t + t v. The others differ in alpha, sigma and target. They are one method on several
-# scales: x_t / alpha is EDM's x_t at the noise level sigma/alpha.
+# and x_0^ = x_t + t v^: (1 - t) x_0 + t noise + t (x_0 - noise) is x_0. The others differ in alpha,
+# sigma and target (c_skip, c_out: see EDM). They are one method on several scales: x_t / alpha is
+# EDM's x_t at the noise level sigma/alpha.
 #
 #                     alpha        sigma        target of the network         t goes from
 #     RectifiedFlow   1 - t        t            x_0 - noise                   0 to 1
@@ -250,7 +256,7 @@ class VPDiffusion(Objective):
         t = expand(t, x_t)
         return self.alpha(t) * x_t - self.sigma(t) * v
 
-    def velocity(self, net, x_t, t, **cond):                    # dangle/dt v
+    def velocity(self, net, x_t, t, **cond):                    # dx/dt = dangle/dt dx/dangle
         return math.pi / 2 / (1 + self.s) * self.answer(net, x_t, t, **cond)
 
     def sample_times(self, n, generator=None):
@@ -265,7 +271,8 @@ class EDM(Objective):
 
     x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7). c_in and c_out give the network's
     input and target variance 1, so an answer of 0 has loss 1. c_out multiplies the network's error;
-    c_skip makes c_out least ([3] appendix B.6). Training levels are e^N(p_mean, p_std^2).
+    c_skip makes c_out as small as it can be ([3] appendix B.6). Training levels are
+    e^N(p_mean, p_std^2).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -319,10 +326,10 @@ class EDM(Objective):
 # now and then, so one network learns both p(x | condition) and p(x). By Bayes their ratio is
 # proportional to p(condition | x). To get more of the condition, raise this to a power w:
 #
-#     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w.
+#     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w     (~: proportional).
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, with c for conditional
-# and u for unconditional. A network's answer is a multiple of the score plus one of x_t. The x_t
+# and u for unconditional. A network's answer is a(t) score + b(t) x_t. The x_t
 # term is the same in both and the weights sum to one, so answers mix as scores do: classifier-free
 # guidance [4]. With w > 1, notes are more clearly pitch 60 than the data, but also more alike, and
 # louder, which `rescale` undoes [5]. (Left out: guidance by a classifier, or at some times only.)
@@ -365,15 +372,15 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt from noise down a list of times to 0. It solves an
 # ordinary differential equation (ODE), and need not know what diffusion is. What takes time is the
 # network. Euler's rule asks it once per step. Heun's asks again where Euler's step has landed, and
-# averages: half the step leaves a quarter of the error.
+# averages. With half the step, Euler's error halves, and Heun's falls to a quarter.
 #
 # The third solver works on the denoiser, and fits a parabola to its last three answers [6]. It can
 # also add fresh noise on the way. Noise spreads a density; a drift along the score undoes it. In
 # the right ratio they leave the density at every t as it was, while early errors are forgotten
 # ([17] eq. 6, 13). eta = 0 is the ODE, eta = 1 the stochastic equation that reverses the noising.
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --sampler euler --steps 3`. It is
-# dull and noisy; with `--steps 30` it is a clean note.
+# Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
+# One step lands on the mean of all notes, a hum without a pitch. Thirty lead to one note.
 
 def euler(velocity, x, times, callback=None):
     """Follow dx/dt = velocity(x, t) down `times` [n + 1] by Euler's rule, with an error of order h.
@@ -388,7 +395,8 @@ def euler(velocity, x, times, callback=None):
 def heun(velocity, x, times, callback=None):
     """Do as euler by Heun's rule ([3] Algorithm 1), with an error of order h^2.
 
-    x' = x + h d,   x <- x + h (d + d') / 2,   d = velocity(x, t),   d' = velocity(x', t + h)."""
+    x_euler = x + h d,   x <- x + h (d + d_next) / 2,   d = velocity(x, t),   d_next = velocity(
+    x_euler, t_next),   h = t_next - t < 0."""
     for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
         if callback:
             callback(i, t, x)
@@ -404,7 +412,9 @@ def heun(velocity, x, times, callback=None):
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
     """DPM-Solver++(3M) SDE for x_t = x_0 + sigma noise, with an error of order h^3 ([6]).
 
-    lambda = -ln sigma, its step is h, g = (1 + eta) h, and ' is the derivative of x_0^ by lambda:
+    Let lambda = -ln sigma, h > 0 its step, ' the derivative by lambda. If eta = 0, dx/dlambda =
+    x_0^ - x, so that x <- e^-h x + integral of e^-(h - s) x_0^(s) ds from 0 to h. Put x_0^ + s x_0'
+    + s^2/2 x_0'' in for x_0^(s). With noise, and g = (1 + eta) h, this is
         x <- sigma_next/sigma e^(-eta h) x + (1 - e^-g) x_0^ + h phi_2 x_0' - h^2 phi_3 x_0''
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
@@ -420,15 +430,16 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
         past = [(-math.log(sigma), x_0)] + past[:2]
         h = math.log(sigma / sigma_next)
         g = (1 + eta) * h
-        phi_2 = 1 + math.expm1(-g) / g
+        phi_1 = -math.expm1(-g)                                 # 1 - e^-g
+        phi_2 = 1 - phi_1 / g
         phi_3 = phi_2 / g - 1 / 2
-        x = sigma_next / sigma * math.exp(-eta * h) * x - math.expm1(-g) * x_0
+        x = sigma_next / sigma * math.exp(-eta * h) * x + phi_1 * x_0
         if len(past) > 1:
-            (l0, x_0), (l1, x_1) = past[:2]
-            slope = (x_0 - x_1) / (l0 - l1)                     # x_0' from two estimates
+            (l0, new), (l1, old) = past[:2]
+            slope = (new - old) / (l0 - l1)                     # x_0' from two estimates
             if len(past) > 2:
-                l2, x_2 = past[2]
-                bend = 2 * (slope - (x_1 - x_2) / (l1 - l2)) / (l0 - l2)  # x_0''
+                l2, older = past[2]
+                bend = 2 * (slope - (old - older) / (l1 - l2)) / (l0 - l2)  # x_0''
                 slope = slope + bend * (l0 - l1) / 2            # x_0' of the parabola
                 x = x - h ** 2 * phi_3 * bend
             x = x + h * phi_2 * slope
@@ -475,13 +486,13 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     ends = torch.tensor([0.0, start], dtype=torch.float64)
-    low, high = objective.sigma(ends) / objective.alpha(ends)   # of sigma/alpha
+    low, high = objective.sigma(ends) / objective.alpha(ends)   # of sigma/alpha; may be infinite
     if schedule is None:
         schedule = "polyexponential" if sampler == "dpmpp_3m_sde" else "linear"
     if schedule == "linear":
-        share = linear_times(steps, (1 / (1 + 1 / high)).item())
-        times = objective.time_at(share / (1 - share))
-        times[0] = start                                        # where alpha = 0 that was NaN
+        share = linear_times(steps, (1 / (1 + 1 / high)).item())  # sigma/(alpha + sigma)
+        times = objective.time_at(share / (1 - share))          # share/(1 - share) = sigma/alpha
+        times[0] = start                                        # was NaN if alpha = 0
     else:
         high = high.clamp(max=80).item()
         low = min(low.clamp(min=0.002).item(), high / 2)
@@ -729,11 +740,12 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """MIDI pitch around the middle of each hop, and its peak's height r: [B, T] -> 2 [B, L].
+    """MIDI pitch around the middle of each hop, and how periodic it is, r: [B, T] -> 2 [B, L].
 
     The autocorrelation of a Hann window of four periods of pitch `low` is divided by the window's
     own (Boersma): a periodic sound has r = 1 at its period and its multiples. Noise lowers all
-    alike. So take the first peak whose shortfall 1 - r is at most twice the best's, plus 0.03.
+    alike. So the pitch is the first peak whose shortfall 1 - r is at most twice the best peak's,
+    plus 0.03 (in much noise: the first of 0.8 times the best). r is the best peak's height.
     60 dB below the sound's peak r is 0; where r <= 0.5 the pitch is 0.  L = ceil(T / hop).
     finer: lags per sample. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))  # period, in samples
@@ -775,9 +787,10 @@ def note_pitch(track):
 # 6. The Snake VAE: how does a second of sound become 63 vectors?
 # ----------------------------------------------------------------------
 # 16,000 numbers a second are too many to diffuse. A codec squeezes 256 samples into one frame of 16
-# channels, and back. A plain auto-encoder leaves holes between its latents that decode to rubbish.
-# A *variational* one [12] gives each latent value a mean and a variance, decodes a draw, z = mean +
-# e^(log_variance / 2) noise, and adds to the loss
+# channels, and one more for the level (C = 17), and back. A plain auto-encoder leaves holes between
+# its latents that decode to rubbish. A *variational* one [12] gives each latent value a mean and a
+# variance, decodes a draw, z = mean + e^(log_variance / 2) noise, and adds to the loss, with a
+# small weight, the divergence
 #
 #     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2.
 #
@@ -887,7 +900,7 @@ def kl_divergence(mean, log_variance):
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred, so weights on the losses say
 # little. The balancer [11] divides each by its own running mean norm <|g_i|>:
 #
-#     g  =  total_norm  sum over i of  w_i / sum(w)  g_i / <|g_i|>.
+#     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>),     w_i the weights.
 #
 # Multiply a loss by 100 and nothing changes: equal weights give equal shares of the gradient.
 #
@@ -980,6 +993,7 @@ class LossBalancer:
             self.shares[name] = factor * norm
         whole = sum(self.shares.values()).clamp_min(1e-12)      # all may be silent
         self.shares = {name: share / whole for name, share in self.shares.items()}
+        # The gradient of this at `output` is `balanced`; from there it goes on into the network.
         ((balanced * output).sum() + sum((free or {}).values())).backward()
 
     def state_dict(self):
@@ -1210,7 +1224,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         if not read:
             continue
         z = codec.encode(audio.to(device)).cpu()
-        curves = measure_curves(audio, codec) if condition == "control" else z[:, :0]
+        curves = measure_curves(audio, codec) if condition == "control" else z[:, :0]  # or none
         parts.append((z, curves[:, :, :z.shape[2]], torch.tensor(read)))
         if len(parts) % 32 == 0:
             print(f"encoded {batch * len(parts):,} of {len(data):,} sounds", file=sys.stderr)
@@ -1222,7 +1236,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     low, high = labels[~valid, 0].aminmax()
     held = valid.nonzero()[:, 0]
     pairs = max(1, min(185, len(held) // 2))
-    a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
+    spread = torch.linspace(0, len(held) - 1, 2 * pairs).round().long()
+    a = held[spread[0::2]]
+    b = held[spread[1::2]]
     real, _ = read_sounds(data, kept[b].tolist())
     if condition == "control":
         curves[:, 0] /= curves[~valid, 0].max()                 # the loudest frame is 1
@@ -1248,8 +1264,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 3000`, which goes on where the run was.
 
-# [2] trains images at sigma/alpha = e^N(0, 1). The frames of a note say nearly the same, so a note
-# shows through more noise than an image: we take e^N(0.5, 1.3^2).
+# [2] trains images at t = sigmoid(N(0, 1)), which is sigma/alpha = e^N(0, 1). The frames of a note
+# say nearly the same, so it shows through more noise than an image: we take e^N(0.5, 1.3^2).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))                           # which process am I, of how many?
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1397,8 +1413,8 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 #
 #     As asked?       Share of notes within 50 cents of their pitch. Real notes through the codec
 #                     are the ceiling: what the codec spoils, no latent can mend.
-#     Like the data?  Frechet distance from generated latents to one half of the held-out ones; the
-#                     other half has the floor. Level, and harmonics to noise, in dB.
+#     Like the data?  Frechet distance from generated latents to one half of the held-out ones (its
+#                     floor: from the other half). Level, and harmonics to noise, in dB.
 #     New?            Distance to the nearest training latents, over that of held-out ones: about 1
 #                     is as new as those, far below 1 is a copy.
 #
@@ -1407,8 +1423,8 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), of a [N, D] and b [N, D] ([15] eq. 6).
 
-    It moves the Gaussian fitted to a onto that of b. Compare at equal N: it falls with N, because
-    means and covariances are estimates. ValueError below two rows."""
+    What it costs to move the Gaussian fitted to a onto that of b. It falls with N, because means
+    and covariances are estimates: compare at equal N. ValueError below two rows."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
@@ -1683,7 +1699,7 @@ def train_run(args):
     fixed = ["codec", "seconds", "seed"]  # by codec.pt; the others by model.pt
     if (folder / "model.pt").exists():
         fixed += ["net", "objective", "condition"]
-    for name, value in saved.items():
+    for name, value in saved.items():                           # given beats saved, unless fixed
         given = getattr(args, name, None)
         if made and name in fixed and given not in (None, value):
             raise ValueError(f"{folder} has --{name} {value} for good; choose another --run")
