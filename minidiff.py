@@ -134,9 +134,10 @@ def toy(steps=3000, seed=0):
 # (For one x_0, x_t is N(alpha x_0, sigma^2), whose ln has the gradient (alpha x_0 - x_t) / sigma^2;
 # the score is the mean of that.)
 #
-# Each pair of x_0 and noise is a path. Where paths cross, the velocity is their mean direction.
-# Points that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as noise
-# at the largest t arrives at t = 0 distributed as the data.
+# Each pair of x_0 and noise is a path. Where paths cross, the velocity is their mean direction. A
+# density changes only by the net flow through each point, and the mean carries the same net flow.
+# So points that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as
+# noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise = -dx_t/dt. So velocity = -v
 # and x_0^ = x_t + t v^: (1 - t) x_0 + t noise + t (x_0 - noise) is x_0. The others differ in alpha,
@@ -177,8 +178,10 @@ def polyexponential_times(steps, sigma_min, sigma_max, rho=1.0):
     return F.pad(sigma_min * (sigma_max / sigma_min) ** ramp, (0, 1))
 
 class Objective:
-    """What all objectives share. x, noise, x_t: [B, ...].  t: a float or [B].  net: (x [B, ...],
-    t [B], **cond) -> [B, ...]. Lifts out with: expand, linear_times, standard_normal."""
+    """What objectives share. Each adds alpha, sigma, target, denoise, velocity, sample_times, and
+    time_at(ratio), the t where sigma / alpha = ratio. x, noise, x_t: [B, ...].  t: a float or [B].
+    net: (x [B, ...], t [B], **cond) -> [B, ...].
+    Lifts out with: expand, linear_times, standard_normal."""
     t_max = 1.0
 
     def add_noise(self, x, noise, t):
@@ -201,7 +204,7 @@ class Objective:
         noise = standard_normal(x.shape, generator, x.device).to(x)
         return self.loss_at(net, x, noise, t, reduce, **cond)
 
-    def times(self, steps, start=None):
+    def times(self, steps, start=None):                         # for a sampler, as the paper has it
         return linear_times(steps, start or self.t_max)
 
 @dataclass
@@ -229,7 +232,7 @@ class RectifiedFlow(Objective):
     def sample_times(self, n, generator=None):
         return torch.sigmoid(self.p_mean + self.p_std * standard_normal((n,), generator))
     def time_at(self, ratio):
-        return ratio / (1 + ratio)                              # where sigma / alpha = ratio
+        return ratio / (1 + ratio)
 
 @dataclass
 class VPDiffusion(Objective):
@@ -375,9 +378,9 @@ class GuidedNet:
 # averages. With half the step, Euler's error halves, and Heun's falls to a quarter.
 #
 # The third solver works on the denoiser, and fits a parabola to its last three answers [6]. It can
-# also add fresh noise on the way. Noise spreads a density; a drift along the score undoes it. In
-# the right ratio they leave the density at every t as it was, while early errors are forgotten
-# ([17] eq. 6, 13). eta = 0 is the ODE, eta = 1 the stochastic equation that reverses the noising.
+# also add fresh noise on the way. Noise of variance g^2 dt spreads a density, and a drift of
+# (g^2/2) score dt undoes it. Together they leave the density at every t as it was, while early
+# errors are forgotten ([17] eq. 6, 13). eta = 0 is the ODE, eta = 1 reverses the noising process.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands on the mean of all notes, a hum without a pitch. Thirty lead to one note.
@@ -404,7 +407,7 @@ def heun(velocity, x, times, callback=None):
         d = velocity(x, x.new_full((len(x),), t))               # [B, ...]
         x_euler = x + h * d
         if t_next == 0:
-            return x_euler                                      # EDM's velocity would be 0/0
+            return x_euler                                      # EDM's velocity at 0 would be 0/0
         d_next = velocity(x_euler, x.new_full((len(x),), t_next))
         x = x + h * (d + d_next) / 2
     return x
@@ -450,7 +453,9 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
 
 def optimise_noise(sample, noise, loss, steps, lr):
     """DITTO: the noise [B, ...] whose sample has the smallest loss, found by Adam ([7] section 3).
-    sample: noise -> x [B, ...].  loss: x -> scalar."""
+
+    sample: noise -> x [B, ...], such as lambda noise: generate(..., noise=noise): a sampler is
+    differentiable.  loss: x -> scalar, such as the distance from a wanted loudness."""
     noise = noise.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([noise], lr)
     smallest = math.inf
@@ -625,6 +630,7 @@ class UNet1d(nn.Module):
         D = 2 * width                                           # of the embedding
         self.time_mlp = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
         self.tables = nn.ModuleList(nn.Embedding(size + 1, D) for size in label_sizes)
+        # Ten inputs per curve: its value, whether it is given, four sines and four cosines.
         self.enter = nn.Conv1d(channels + 10 * controls, width, 3, padding=1)
         self.position = nn.Linear(width, width)
         self.down = nn.ModuleList()
@@ -1217,7 +1223,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     """Encode a data set into the file `path`; returns its content, a dict.
 
     x [N, C, L], standardised; labels; valid; cond, what the network is given; facts of the run; for
-    `evaluate` a and b, at most 185 pairs of held-out sounds, and real [n, T], the sounds b."""
+    `evaluate` a and b, two halves of the held-out sounds, at most 185 each; real [n, T] are b."""
     parts = []
     for some in torch.arange(len(data)).split(batch):
         audio, read = read_sounds(data, some.tolist())
@@ -1429,7 +1435,7 @@ def frechet_distance(a, b):
         raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))  # [D, D]
-    cross = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt().sum()  # rounding: -1e-17
+    cross = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt().sum()  # trace of the root
     return (means + c1.trace() + c2.trace() - 2 * cross).clamp_min(0).item()
 
 def build_net(settings):
@@ -1653,7 +1659,7 @@ def build_parser():
     sample("--schedule", choices=["linear", "karras", "polyexponential"])
     sample("--eta", type=between(0, 10), default=1.0, help="noise of dpmpp_3m_sde (default 1)")
     sample("--init-audio", type=pathlib.Path, help="a sound file to start from")
-    sample("--init-noise", type=float, help="its noise level t (default: half way)")
+    sample("--init-noise", type=float, help="its noise level t (default: sigma = alpha)")
     sample("--keep", type=float, nargs=2, help="start and end of what stays of it, in seconds")
     sample("--out", type=pathlib.Path, help="folder (default: samples in the run)")
     measure("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0], help="(default 1 1.25 2)")
