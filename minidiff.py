@@ -12,7 +12,8 @@ docstring lists after "Lifts out with" (chapters 0 to 8).
 The alphabet
     B batch    T audio samples    C latent channels    L latent frames    D features    N how many
     Brackets hold axes. Audio is [B, T], mono, float32; latents are [B, C, L]; times are [B].
-    x_0 is data, noise is N(0, I), and x_t = alpha(t) x_0 + sigma(t) noise lies between them.
+    x_0 is data, noise is N(0, 1), and x_t = alpha(t) x_0 + sigma(t) noise lies between them.
+    N(m, s^2) is the normal distribution of mean m and deviation s.
     t = 0 is data and the largest t is noise. Samplers walk from there down to 0.
     velocity is dx/dt, away from the data; in rectified flow the network answers v = -velocity.
     w is the guidance scale: w = 1 is no guidance, w = 0 ignores the condition.
@@ -204,7 +205,7 @@ class Objective:
         noise = standard_normal(x.shape, generator, x.device).to(x)
         return self.loss_at(net, x, noise, t, reduce, **cond)
 
-    def times(self, steps, start=None):                         # for a sampler, as the paper has it
+    def times(self, steps, start=None):                         # the paper's; generate has its own
         return linear_times(steps, start or self.t_max)
 
 @dataclass
@@ -274,8 +275,8 @@ class EDM(Objective):
 
     x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7). c_in and c_out give the network's
     input and target variance 1, so an answer of 0 has loss 1. c_out multiplies the network's error;
-    c_skip makes c_out as small as it can be ([3] appendix B.6). Training levels are
-    e^N(p_mean, p_std^2).
+    c_skip makes c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 as small as it can be ([3]
+    appendix B.6). Training levels are e^N(p_mean, p_std^2).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -378,8 +379,8 @@ class GuidedNet:
 # averages. With half the step, Euler's error halves, and Heun's falls to a quarter.
 #
 # The third solver works on the denoiser, and fits a parabola to its last three answers [6]. It can
-# also add fresh noise on the way. Noise of variance g^2 dt spreads a density, and a drift of
-# (g^2/2) score dt undoes it. Together they leave the density at every t as it was, while early
+# also add fresh noise on the way. Noise of variance 2 q dt spreads a density, and a drift of
+# q score dt undoes it. Together they leave the density at every t as it was, while early
 # errors are forgotten ([17] eq. 6, 13). eta = 0 is the ODE, eta = 1 reverses the noising process.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
@@ -417,7 +418,8 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
 
     Let lambda = -ln sigma, h > 0 its step, ' the derivative by lambda. If eta = 0, dx/dlambda =
     x_0^ - x, so that x <- e^-h x + integral of e^-(h - s) x_0^(s) ds from 0 to h. Put x_0^ + s x_0'
-    + s^2/2 x_0'' in for x_0^(s). With noise, and g = (1 + eta) h, this is
+    + s^2/2 x_0'' in for x_0^(s). With noise of variance 2 eta sigma^2 dlambda and the drift that
+    undoes it, and g = (1 + eta) h, this is
         x <- sigma_next/sigma e^(-eta h) x + (1 - e^-g) x_0^ + h phi_2 x_0' - h^2 phi_3 x_0''
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
@@ -534,7 +536,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 # L several times, then doubles it back, with a skip connection at each level to carry the detail.
 # `TutorialUNet` does just that. `UNet1d`, after Diff-A-Riff [8], adds five things:
 #
-#     time       scales and shifts each block's features: x_t asks different things at each t
+#     time       in every block, to scale and shift its features: each t asks different things
 #     residuals  x + f(x), so that gradients pass many blocks unchanged
 #     norm       features of size 1 at any noise; frame by frame, whatever the length
 #     attention  at the coarse levels every frame looks at all others
@@ -681,8 +683,9 @@ class UNet1d(nn.Module):
 #
 # So we can make data that are in tune. To hear a pitch, ask at which delay a sound is most like
 # itself: the autocorrelation peaks at the period. (The largest peak of the spectrum is often the
-# second harmonic.) The peak's height r is the harmonic share of the power, so harmonics to noise
-# are 10 log10(r / (1 - r)) dB (Boersma, IFA Proceedings 17, 1993).
+# second harmonic.) One period later harmonics repeat and noise does not, so the peak's height r is
+# the harmonic share of the power, and harmonics to noise are 10 log10(r / (1 - r)) dB (Boersma,
+# IFA Proceedings 17, 1993).
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears.
 
@@ -836,16 +839,16 @@ class Recurrent(nn.LSTM):
         return x + super().forward(x.permute(2, 0, 1))[0].permute(1, 2, 0)
 
 def sound_level(audio):
-    """The level of each sound, as a factor: RMS / 0.3, not below -90 dB: [B, T] -> [B, 1]."""
+    """The RMS of each sound over 0.3, the level at which the codec works: [B, T] -> [B, 1]."""
     return audio.square().mean(1, keepdim=True).sqrt().clamp_min(1e-5) / 0.3
 
 class SnakeVAE(nn.Module):
     """A codec: audio [B, T] <-> latents [B, C, L], hop = product of strides, L = ceil(T / hop).
 
     The network works at one level: encode divides each sound by its own, which travels as ln(level)
-    in one more channel; decode multiplies. So soft notes are coded as well as loud ones. Kernels
-    are twice the stride, so that all output samples have equally many inputs; otherwise the stride
-    is heard as a buzz. After [11] section 3.1.
+    in one more channel; decode brings what it plays to level 1 and multiplies. So soft notes are
+    coded as well as loud ones. Kernels are twice the stride, so that all output samples have
+    equally many inputs; otherwise the stride is heard as a buzz. After [11] section 3.1.
     Lifts out with: Recurrent, ResidualUnit, Snake, sound_level."""
 
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
@@ -1223,7 +1226,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     """Encode a data set into the file `path`; returns its content, a dict.
 
     x [N, C, L], standardised; labels; valid; cond, what the network is given; facts of the run; for
-    `evaluate` a and b, two halves of the held-out sounds, at most 185 each; real [n, T] are b."""
+    `evaluate` a and b, two halves of the held-out sounds, at most 185 each; real [n, T] are b.
+    Lifts out with: envelope, measure_curves, periodicity, pitch_track, read_sounds,
+    save_checkpoint."""
     parts = []
     for some in torch.arange(len(data)).split(batch):
         audio, read = read_sounds(data, some.tolist())
@@ -1271,7 +1276,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # Try: `python minidiff.py train --resume --steps 3000`, which goes on where the run was.
 
 # [2] trains images at t = sigmoid(N(0, 1)), which is sigma/alpha = e^N(0, 1). The frames of a note
-# say nearly the same, so it shows through more noise than an image: we take e^N(0.5, 1.3^2).
+# say nearly the same, so it shows through more noise than an image: rf, edm take e^N(0.5, 1.3^2).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))                           # which process am I, of how many?
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1349,8 +1354,8 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         spread = (log_variance / 2).exp() * standard_normal(mean.shape, generator, device)
         error = blur * mean.detach().std((0, 2), keepdim=True)
         z = mean + spread + error * standard_normal(mean.shape, generator, device)
-        # Errors are judged at each window's own level and weighted by its root: neither loud nor
-        # quiet windows rule. What is 40 dB below its sound's level counts as silence.
+        # Errors are judged at each window's own level and weighted by sqrt(rms): neither loud nor
+        # quiet windows rule. What is 40 dB below its sound's RMS of 0.3 counts as silence.
         rms = real.square().mean(1, keepdim=True).sqrt().clamp_min(0.003)  # [B, 1]
         weight = rms[:, 0].sqrt()
         truth = real / rms
@@ -1419,8 +1424,9 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 #
 #     As asked?       Share of notes within 50 cents of their pitch. Real notes through the codec
 #                     are the ceiling: what the codec spoils, no latent can mend.
-#     Like the data?  Frechet distance from generated latents to one half of the held-out ones (its
-#                     floor: from the other half). Level, and harmonics to noise, in dB.
+#     Like the data?  Frechet distance, by mean and deviation of each channel over a sound, to one
+#                     half of the held-out ones (floor: the other half, in the row of the codec).
+#                     Level, and harmonics to noise, in dB.
 #     New?            Distance to the nearest training latents, over that of held-out ones: about 1
 #                     is as new as those, far below 1 is a copy.
 #
@@ -1724,6 +1730,7 @@ def train_run(args):
     cond = {name: value.to(args.device) for name, value in data["cond"].items()}
     train_diffusion(net, OBJECTIVES[args.objective], data["x"].to(args.device), cond,
                     data["valid"].to(args.device), args.steps, folder / "model.pt", args.seed,
+                    # A batch has about 2000 frames.
                     max(WORLD, 2000 // settings["frames"]), args.lr, settings)
     if RANK == 0:
         run = Run(folder, args.device)
