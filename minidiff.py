@@ -1078,7 +1078,8 @@ class AudioFolder(Dataset):
 
     Names as in NSynth [13], guitar_acoustic_004-071-025.wav, give labels. Held out are folders that
     end in -valid, or else a twentieth of the files. Lifts out with: load_audio, resample."""
-    endings = ".aac .aif .aifc .aiff .au .caf .flac .m4a .mp3 .oga .ogg .opus .wav .wma".split()
+    endings = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {
+        ".aac", ".aif", ".aifc", ".amr", ".ape", ".m4a", ".mp2", ".oga", ".opus", ".wma", ".wv"}
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
@@ -1223,7 +1224,8 @@ def load_checkpoint(path):
 
 @torch.no_grad()
 def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
-    """Encode a data set into the file `path`; returns its content, a dict.
+    """Encode a data set into the file `path`; returns its content, a dict. Interrupted, it starts
+    over: the Snake VAE takes seconds, Music2Latent on two CPU cores 2 s for each note of 4 s.
 
     x [N, C, L], standardised; labels; valid; cond, what the network is given; facts of the run; for
     `evaluate` a and b, two halves of the held-out sounds, at most 185 each; real [n, T] are b.
