@@ -592,7 +592,7 @@ def test_music2latent(tmp_path, monkeypatch):
     import music2latent.models
     package = tmp_path / "music2latent"
     shutil.copytree(pathlib.Path(music2latent.__file__).parent, package,
-                    ignore=shutil.ignore_patterns("*.pt"))
+                    ignore=shutil.ignore_patterns("models"))
     (package / "models").mkdir()
     weights = package / "models" / "music2latent.pt"
     torch.save({"gen_state_dict": music2latent.models.UNet().state_dict()}, weights)
