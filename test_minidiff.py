@@ -76,7 +76,6 @@ def test_toy():
     assert near(data, 0.954, 0.02)
     assert samples > untrained + 0.2
 
-# ---- 1. Noising and objectives ----
 def test_times():
     """EDM's 18 noise levels, Stable Audio's 8 (published); VP's sin(pi/2 (t + s)/(1 + s))."""
     edm = [80, 57.585985, 40.785574, 28.374585, 19.352453, 12.910082, 8.400935, 5.315195, 3.256822,
@@ -158,7 +157,6 @@ def test_one_denoiser_serves_all():
     assert near(sample(FLOW), sample(EDM), 1e-3)
     assert near(sample(VP), sample(EDM), 1e-3)
 
-# ---- 2. Guidance ----
 def test_guide():
     """u + w (c - u): c = 3, u = 1 give 1, 3, 6 at w = 0, 1, 2.5; rescale 1 has c's deviation."""
     one = torch.ones(1, 2)
@@ -185,7 +183,6 @@ def test_guided_net():
     curves = m.GuidedNet(lambda x, t, controls: controls.nan_to_num(nan=-2.0), 2.0)
     assert curves(labels, labels[:, 0], controls=torch.ones(2, 1)).tolist() == [[4], [4]]
 
-# ---- 3. Samplers ----
 def dpmpp(x, sigmas, eta):
     return m.dpmpp_3m_sde(lambda x, t: x / (1 + 4 * m.expand(t, x) ** 2), x, sigmas, eta, seeded(5))
 
@@ -264,7 +261,6 @@ def test_generate_from_a_sound(objective, sampler):
     assert torch.equal(kept[..., :3], init[..., :3])
     assert near(kept[..., 3:], middle[..., 3:], 1e-4)
 
-# ---- 4. The U-Net ----
 def small_unet(**given):
     torch.manual_seed(0)
     return m.UNet1d(4, width=16, label_sizes=(10, 3), controls=2, heads=2, **given)
@@ -330,7 +326,6 @@ def test_unet_keeps_items_apart_and_trains_everything():
     out.square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
-# ---- 5. Sound ----
 RATE = 16_000
 
 def hertz(pitch):
@@ -400,7 +395,6 @@ def test_periodicity_is_the_harmonic_share(decibels):
     share = r[0, 20:-20].mean()
     assert near(10 * (share / (1 - share)).log10(), decibels, 1)
 
-# ---- 6. The Snake VAE ----
 def test_snake():
     """a = 1: f(-1, 0.5, 1, 2) (published); the slope is 1 + sin(2 a x), here for a = 0.7."""
     snake = m.Snake(1)
@@ -444,7 +438,6 @@ def test_kl_divergence():
     found = m.kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
     assert near(found, (0.5 + (math.e ** 2 - 3) / 2) / 2)
 
-# ---- 7. What the VAE is trained on ----
 def test_stft_loss():
     """0 for equals; half as loud: 1/2 + ln 2; items do not touch; finite at any length."""
     sound = normal32(1, 8000)
@@ -505,7 +498,6 @@ def test_loss_balancer_running_mean():
         state = balancer.state_dict()
         assert near(x.grad, slope / mean)
 
-# ---- 8. Data ----
 def test_built_in_data():
     """A seed repeats; the last sixth, 4 of 24, is held out; notes are on semitones, as labelled."""
     for kind in (m.Plucks, m.Melodies):
@@ -664,7 +656,6 @@ def test_encode_all(tmp_path):
     assert torch.equal(state["real"], data.audio[state["b"]])
     assert same(m.load_checkpoint(tmp_path / "a.pt"), state)
 
-# ---- 9. Training ----
 def test_learning_rate_and_warm_average():
     """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/11, 1 - 2/11 3/12; at most 0.998."""
     rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 99, 500, 850, 1000)]
@@ -757,7 +748,6 @@ def test_train_codec_shares_are_the_weights(tmp_path, monkeypatch):
     assert shares == pytest.approx({name: weight / sum(weights.values())
                                     for name, weight in weights.items()}, rel=0.33)
 
-# ---- 10. Listening and measuring ----
 def test_frechet_distance():
     """N(0,1) to N(1,1): 1; to N(0,4): 1; to itself: 0; 2-D: by the eigenvalues of C1 C2."""
     x = normal(10_000, 1)
@@ -774,7 +764,6 @@ def test_frechet_distance():
 def wavs(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.wav")}
 
-# ---- 11. The command line, as a user ----
 def ask(line):
     """The exit status of a command line."""
     try:
@@ -843,12 +832,19 @@ def test_sample_from_a_sound(run, tmp_path, capsys):
     assert ask(f"{base}/kept --init-audio {path} --keep 0 0.2") == 0
 
 def test_resume(run, tmp_path, capsys):
-    """6 steps become 8, with the data named in another way; then there is nothing to train."""
+    """6 steps become 8, with the data named in another way; then there is nothing to train. A codec
+    that has its steps is kept, and the model is trained."""
     copy = shutil.copytree(run, tmp_path / "run")
     assert ask(f"train --run {copy} --resume --steps 8 --data {run.parent}/data/.") == 0
     assert m.load_checkpoint(copy / "model.pt")["step"] == 8
     assert ask(f"train --run {copy} --resume --steps 8") == 0
     assert "nothing to train" in capsys.readouterr().err
+    codec = (copy / "codec.pt").read_bytes()
+    (copy / "model.pt").unlink()
+    (copy / "latents.pt").unlink()
+    assert ask(f"train --run {copy} --resume --codec-steps 12 --steps 3") == 0
+    assert m.load_checkpoint(copy / "model.pt")["step"] == 3
+    assert (copy / "codec.pt").read_bytes() == codec
 
 @pytest.mark.parametrize("line, word", [
     ("sample --steps 1 --out TMP --cfg 1 --negative-pitch 72", "note: --negative-pitch"),
@@ -877,7 +873,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, line, word):
     assert error.count("\n") == 1
     assert (run / "model.pt").read_bytes() == before
 
-# ---- What is said of lifting out ----
 TREE = ast.parse(pathlib.Path(m.__file__).read_text())
 PIECES = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
