@@ -333,12 +333,13 @@ class EDM(Objective):
 #     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w     (~: proportional).
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, with c for conditional
-# and u for unconditional. A network's answer is a(t) score + b(t) x_t. The x_t
-# term is the same in both and the weights sum to one, so answers mix as scores do: classifier-free
-# guidance [4]. With w > 1, notes are more clearly pitch 60 than the data, but also more alike, and
-# louder, which `rescale` undoes [5]. (Left out: guidance by a classifier, or at some times only.)
+# and u for unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in
+# both and the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With
+# w > 1, notes are more clearly pitch 60 than the data, but also more alike, and the answers deviate
+# more, which `rescale` undoes [5]. (Left out: guidance by a classifier, or at some times only.)
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --cfg 4`: note 60, exaggerated.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --cfg 8`. It is still note 60, but
+# far too soft: the level is a latent as well, and is exaggerated with the others.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -1663,7 +1664,7 @@ def build_parser():
     sample("--count", type=count, default=1, help="sounds for each pitch (default 1)")
     sample("--seconds", type=seconds, help="(default: as in training)")
     sample("--cfg", type=float, default=1.25, help="guidance scale w (default 1.25)")
-    sample("--rescale", type=float, default=0.0, help="gives loudness back (default 0)")
+    sample("--rescale", type=float, default=0.0, help="undoes what w adds to the deviation")
     sample("--schedule", choices=["linear", "karras", "polyexponential"])
     sample("--eta", type=between(0, 10), default=1.0, help="noise of dpmpp_3m_sde (default 1)")
     sample("--init-audio", type=pathlib.Path, help="a sound file to start from")

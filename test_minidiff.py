@@ -432,6 +432,7 @@ def test_snake_vae_level_and_gradients():
     assert near(soft[:, :-1], latents[:, :-1])
     assert near(soft[:, -1], latents[:, -1] - math.log(10))
     assert near(vae.decode(soft), out / 10)
+    assert near(m.sound_level(out), m.sound_level(audio))
 
 def test_kl_divergence():
     """The mean of N(1, 1): 0.5 nats, and of N(0, e^2): (e^2 - 3) / 2."""
