@@ -124,26 +124,23 @@ def toy(steps=3000, seed=0):
 #
 #     E[(a - y)^2 | x_t]  =  (a - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write ^ for such a mean. x_t itself is known, so the
-# mean of the first equation is x_t = alpha x_0^ + sigma noise^: whether the network answers x_0^,
-# noise^ or a mixture of them, x_t gives the others. With ' for d/dt:
+# so the best answer is the mean E[y | x_t]. Write ^ for such a mean. x_t itself is known, so
+# x_t = alpha x_0^ + sigma noise^: whether the network answers x_0^, noise^ or a mixture of them,
+# x_t gives the others. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^,      the mean of dx_t/dt at x_t
 #     score     =  (alpha x_0^ - x_t) / sigma^2,     the gradient of ln p(x_t)
 #
 # (For one x_0, x_t is N(alpha x_0, sigma^2), whose ln has the gradient (alpha x_0 - x_t) / sigma^2;
-# the score is the mean of that.)
-#
-# Each pair of x_0 and noise is a path. Where paths cross, the velocity is their mean direction. A
-# density changes only by the net flow through each point, and the mean carries the same net flow.
-# So points that follow it have, at every t, the density of x_t ([1] theorem 3.3): what starts as
-# noise at the largest t arrives at t = 0 distributed as the data.
+# the score is the mean of that.) Each pair of x_0 and noise is a path. Where paths cross, the
+# velocity is their mean direction. A density changes only by the net flow through each point, and
+# the mean carries the same net flow. So points that follow it have, at every t, the density of x_t
+# ([1] theorem 3.3): noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise = -dx_t/dt. So velocity = -v
-# and x_0^ = x_t + t v^: (1 - t) x_0 + t noise + t (x_0 - noise) is x_0. The others differ in alpha,
-# sigma and target (c_skip, c_out: see EDM). They are one method on several scales: x_t / alpha is
-# EDM's x_t at the noise level sigma/alpha.
+# and x_0^ = x_t + t v^. The others differ in alpha, sigma and target. They are one method on
+# several scales: x_t / alpha is EDM's x_t at the noise level sigma/alpha.
 #
 #                     alpha        sigma        target of the network         t goes from
 #     RectifiedFlow   1 - t        t            x_0 - noise                   0 to 1
@@ -194,9 +191,8 @@ class Objective:
 
     def loss_at(self, net, x, noise, t, reduce=True, **cond):
         """Mean squared error at given noise and times: a scalar, or [B] if not `reduce`."""
-        x_t = self.add_noise(x, noise, t)
-        error = self.answer(net, x_t, t, **cond) - self.target(x, noise, t)
-        error = error.square().flatten(1).mean(1)               # [B]
+        answer = self.answer(net, self.add_noise(x, noise, t), t, **cond)
+        error = (answer - self.target(x, noise, t)).square().flatten(1).mean(1)  # [B]
         return error.mean() if reduce else error
 
     def loss(self, net, x, generator=None, reduce=True, **cond):
@@ -205,7 +201,7 @@ class Objective:
         noise = standard_normal(x.shape, generator, x.device).to(x)
         return self.loss_at(net, x, noise, t, reduce, **cond)
 
-    def times(self, steps, start=None):                         # the paper's; generate has its own
+    def times(self, steps, start=None):
         return linear_times(steps, start or self.t_max)
 
 @dataclass
@@ -224,12 +220,10 @@ class RectifiedFlow(Objective):
         return t
     def target(self, x, noise, t):
         return x - noise
-
     def denoise(self, net, x_t, t, **cond):
         return x_t + expand(t, x_t) * self.answer(net, x_t, t, **cond)
     def velocity(self, net, x_t, t, **cond):
         return -self.answer(net, x_t, t, **cond)
-
     def sample_times(self, n, generator=None):
         return torch.sigmoid(self.p_mean + self.p_std * standard_normal((n,), generator))
     def time_at(self, ratio):
@@ -250,19 +244,15 @@ class VPDiffusion(Objective):
         return torch.cos(self.angle(t))
     def sigma(self, t):
         return torch.sin(self.angle(t))
-
     def target(self, x, noise, t):
         t = expand(t, x)
         return self.alpha(t) * noise - self.sigma(t) * x
-
     def denoise(self, net, x_t, t, **cond):
         v = self.answer(net, x_t, t, **cond)
         t = expand(t, x_t)
         return self.alpha(t) * x_t - self.sigma(t) * v
-
-    def velocity(self, net, x_t, t, **cond):                    # dx/dt = dangle/dt dx/dangle
+    def velocity(self, net, x_t, t, **cond):            # dx/dt = dangle/dt dx/dangle
         return math.pi / 2 / (1 + self.s) * self.answer(net, x_t, t, **cond)
-
     def sample_times(self, n, generator=None):
         return torch.rand(n, generator=generator)
     def time_at(self, ratio):
@@ -289,12 +279,12 @@ class EDM(Objective):
         self.t_max = self.sigma_max
 
     def alpha(self, t):
-        return t ** 0                                           # 1, shaped like t
+        return t ** 0                                   # 1, shaped like t
     def sigma(self, t):
         return t
 
     def preconditioning(self, sigma):
-        variance = sigma ** 2 + self.sigma_data ** 2            # of x_t
+        variance = sigma ** 2 + self.sigma_data ** 2    # of x_t
         c_skip = self.sigma_data ** 2 / variance
         c_out = sigma * self.sigma_data / variance ** 0.5
         c_in = 1 / variance ** 0.5
@@ -304,18 +294,14 @@ class EDM(Objective):
     def answer(self, net, x_t, t, **cond):
         _, _, c_in, c_noise = self.preconditioning(expand(t, x_t))
         return net(c_in * x_t, c_noise.flatten(), **cond)
-
     def target(self, x, noise, t):
         c_skip, c_out, _, _ = self.preconditioning(expand(t, x))
         return (x - c_skip * self.add_noise(x, noise, t)) / c_out
-
     def denoise(self, net, x_t, t, **cond):
         c_skip, c_out, c_in, c_noise = self.preconditioning(expand(t, x_t))
         return c_skip * x_t + c_out * net(c_in * x_t, c_noise.flatten(), **cond)
-
-    def velocity(self, net, x_t, t, **cond):
-        return (x_t - self.denoise(net, x_t, t, **cond)) / expand(t, x_t)  # noise^
-
+    def velocity(self, net, x_t, t, **cond):            # noise^
+        return (x_t - self.denoise(net, x_t, t, **cond)) / expand(t, x_t)
     def sample_times(self, n, generator=None):
         return torch.exp(self.p_mean + self.p_std * standard_normal((n,), generator))
     def times(self, steps, start=None):
@@ -347,15 +333,14 @@ def guide(conditional, unconditional, scale, rescale=0.0):
     guided = unconditional + scale * (conditional - unconditional)
     axes = tuple(range(1, guided.ndim))
     wanted = conditional.std(axes, correction=0, keepdim=True)  # [B, 1, ...]
-    found = guided.std(axes, correction=0, keepdim=True)
-    ratio = torch.where(found > 0, wanted / found, 1.0)         # not 0/0
-    return guided * (1 - rescale + rescale * ratio)
+    found = guided.std(axes, correction=0, keepdim=True).clamp_min(1e-12)
+    return guided * (1 - rescale + rescale * wanted / found)
 
 @dataclass
 class GuidedNet:
     """A network with guidance inside, called like the plain one. For u it withholds the conditions,
     or puts in their place what `negative` holds: "not like this". Lifts out with: guide."""
-    net: object                                                 # (x, t, **cond) -> answer
+    net: object                                         # (x, t, **cond) -> answer
     scale: float
     rescale: float = 0.0
     negative: dict = None
@@ -387,34 +372,30 @@ class GuidedNet:
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands on the mean of all notes, a hum without a pitch. Thirty lead to one note.
 
-def euler(velocity, x, times, callback=None):
+def euler(velocity, x, times):
     """Follow dx/dt = velocity(x, t) down `times` [n + 1] by Euler's rule, with an error of order h.
 
-    velocity: (x [B, ...], t [B]) -> dx/dt [B, ...].  callback(i, t, x): called before each step."""
-    for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
-        if callback:
-            callback(i, t, x)
+    velocity: (x [B, ...], t [B]) -> dx/dt [B, ...]."""
+    for t, t_next in zip(times.tolist(), times[1:].tolist()):
         x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))
     return x
 
-def heun(velocity, x, times, callback=None):
+def heun(velocity, x, times):
     """Do as euler by Heun's rule ([3] Algorithm 1), with an error of order h^2.
 
     x_euler = x + h d,   x <- x + h (d + d_next) / 2,   d = velocity(x, t),   d_next = velocity(
     x_euler, t_next),   h = t_next - t < 0."""
-    for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
-        if callback:
-            callback(i, t, x)
+    for t, t_next in zip(times.tolist(), times[1:].tolist()):
         h = t_next - t
-        d = velocity(x, x.new_full((len(x),), t))               # [B, ...]
+        d = velocity(x, x.new_full((len(x),), t))       # [B, ...]
         x_euler = x + h * d
         if t_next == 0:
-            return x_euler                                      # EDM's velocity at 0 would be 0/0
+            return x_euler                              # EDM's velocity at 0 would be 0/0
         d_next = velocity(x_euler, x.new_full((len(x),), t_next))
         x = x + h * (d + d_next) / 2
     return x
 
-def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
+def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE for x_t = x_0 + sigma noise, with an error of order h^3 ([6]).
 
     Let lambda = -ln sigma, h > 0 its step, ' the derivative by lambda. If eta = 0, dx/dlambda =
@@ -426,32 +407,29 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None, callback=None):
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
     (Published codes take half of the x_0'' term, which leaves them at second order.)
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda. Lifts out with: standard_normal."""
-    past = []                                                   # (lambda, x_0^), newest first
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas.tolist(), sigmas[1:].tolist())):
-        if callback:
-            callback(i, sigma, x)
-        x_0 = denoise(x, x.new_full((len(x),), sigma))          # [B, ...]
+    past = []                                           # (lambda, x_0^), newest first
+    for sigma, sigma_next in zip(sigmas.tolist(), sigmas[1:].tolist()):
+        x_0 = denoise(x, x.new_full((len(x),), sigma))  # [B, ...]
         if sigma_next == 0:
             return x_0
         past = [(-math.log(sigma), x_0)] + past[:2]
         h = math.log(sigma / sigma_next)
         g = (1 + eta) * h
-        phi_1 = -math.expm1(-g)                                 # 1 - e^-g
+        phi_1 = -math.expm1(-g)                         # 1 - e^-g
         phi_2 = 1 - phi_1 / g
         phi_3 = phi_2 / g - 1 / 2
         x = sigma_next / sigma * math.exp(-eta * h) * x + phi_1 * x_0
         if len(past) > 1:
             (l0, new), (l1, old) = past[:2]
-            slope = (new - old) / (l0 - l1)                     # x_0' from two estimates
+            slope = (new - old) / (l0 - l1)             # x_0' from two estimates
             if len(past) > 2:
                 l2, older = past[2]
                 bend = 2 * (slope - (old - older) / (l1 - l2)) / (l0 - l2)  # x_0''
-                slope = slope + bend * (l0 - l1) / 2            # x_0' of the parabola
+                slope = slope + bend * (l0 - l1) / 2    # x_0' of the parabola
                 x = x - h ** 2 * phi_3 * bend
             x = x + h * phi_2 * slope
-        if eta > 0:
-            noise = standard_normal(x.shape, generator, x.device).to(x)
-            x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise
+        noise = standard_normal(x.shape, generator, x.device).to(x)
+        x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise
     return x
 
 def optimise_noise(sample, noise, loss, steps, lr):
@@ -467,25 +445,23 @@ def optimise_noise(sample, noise, loss, steps, lr):
         if value.item() < smallest:
             smallest = value.item()
             best = noise.detach().clone()
-        noise.grad, = torch.autograd.grad(value, noise)         # the network gets none
+        noise.grad, = torch.autograd.grad(value, noise)  # the network gets none
         optimiser.step()
     return best
 
 def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=None, eta=1.0,
-             init=None, init_noise=None, keep=None, noise=None, callback=None, device="cpu",
-             **cond):
+             init=None, init_noise=None, keep=None, noise=None, device="cpu", **cond):
     """Draw latents of `shape` [B, C, L]; item i, from noise of seed + i, is the same in any batch.
 
-    sampler: euler, heun, dpmpp_3m_sde.  schedule: linear (even in sigma/(alpha + sigma), rectified
-    flow's t), karras or polyexponential (in sigma/alpha, from 80 to 0.002); None: the sampler's.
+    sampler: euler, heun, dpmpp_3m_sde.  schedule: noise levels sigma/alpha that end with 0, such as
+    karras_times(9, 0.002, 80), instead of `steps` that are even in sigma/(alpha + sigma).
     init [B, C, L]: starts from it, noised to the time init_noise: None is where sigma = alpha, 0
     gives init back, the largest ignores it.  keep [L], bool: these frames of init stay.
-    noise: starts from it, with gradients.  ValueError for an unknown name or a wrong init_noise.
-    Lifts out with: dpmpp_3m_sde, euler, expand, heun, karras_times, linear_times,
-    polyexponential_times, standard_normal."""
-    grids = {"karras": karras_times, "polyexponential": polyexponential_times}
-    if sampler not in ("euler", "heun", "dpmpp_3m_sde") or schedule not in (None, "linear", *grids):
-        raise ValueError(f"unknown sampler {sampler!r} or schedule {schedule!r}")
+    noise: starts from it, with gradients.  ValueError: unknown sampler, wrong init_noise.
+    Lifts out with: dpmpp_3m_sde, euler, expand, heun, linear_times, polyexponential_times,
+    standard_normal."""
+    if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
+        raise ValueError(f"sampler must be euler, heun or dpmpp_3m_sde, got {sampler!r}")
     start = objective.t_max
     if init is not None:
         start = float(objective.time_at(1.0) if init_noise is None else init_noise)
@@ -493,18 +469,17 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         raise ValueError(f"init_noise must be from 0 to {objective.t_max:g}, got {start:g}")
     if start == 0:
         return init
-    ends = torch.tensor([0.0, start], dtype=torch.float64)
-    low, high = objective.sigma(ends) / objective.alpha(ends)   # of sigma/alpha; may be infinite
+    t = torch.tensor(start, dtype=torch.float64)
+    share = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
+    if schedule is None and sampler == "dpmpp_3m_sde":  # even in lambda, from 80 at most
+        high = min(80.0, (share / (1 - share)).item())  # share / (1 - share) = sigma / alpha
+        schedule = polyexponential_times(steps, min(0.002, high / 2), high)
     if schedule is None:
-        schedule = "polyexponential" if sampler == "dpmpp_3m_sde" else "linear"
-    if schedule == "linear":
-        share = linear_times(steps, (1 / (1 + 1 / high)).item())  # sigma/(alpha + sigma)
-        times = objective.time_at(share / (1 - share))          # share/(1 - share) = sigma/alpha
-        times[0] = start                                        # was NaN if alpha = 0
+        share = linear_times(steps, share.item())
+        times = objective.time_at(share / (1 - share))
+        times[0] = start                                # was NaN if alpha = 0
     else:
-        high = high.clamp(max=80).item()
-        low = min(low.clamp(min=0.002).item(), high / 2)
-        times = objective.time_at(grids[schedule](steps, low, high))
+        times = objective.time_at(schedule)
 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
@@ -521,13 +496,11 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 
     with torch.set_grad_enabled(noise.requires_grad):
         if sampler == "dpmpp_3m_sde":
-            ratios = (objective.sigma(times) / objective.alpha(times)).clamp(max=80)
-            ratios[-1] = 0
-            z = data + ratios[0].item() * noise
-            x = dpmpp_3m_sde(denoise, z, ratios, eta, generators, callback)
+            z = data + schedule[0].item() * noise
+            x = dpmpp_3m_sde(denoise, z, schedule, eta, generators)
         else:
             x = objective.add_noise(data, noise, times[0].item())
-            x = (euler if sampler == "euler" else heun)(velocity, x, times, callback)
+            x = (euler if sampler == "euler" else heun)(velocity, x, times)
     return x if keep is None else torch.where(keep, init, x)
 
 # ----------------------------------------------------------------------
@@ -808,6 +781,10 @@ def note_pitch(track):
 # can play. The activation, Snake [10], has a periodic slope however far from 0, so the network can
 # continue a tone; ReLUs continue everything as a straight line.
 #
+# Notes differ in level by a factor of a hundred, and each dies away. So the codec divides a sound
+# by its own smooth level curve, which travels as one more channel. The network sees and plays
+# everything, a loud attack and a soft end, at one level.
+#
 # Try: `python minidiff.py sample --run runs/plucks --init-audio runs/plucks/samples/real_1.wav
 # --init-noise 0`. No noise is added, so you hear the codec's round trip.
 
@@ -816,7 +793,7 @@ class Snake(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.log_a = nn.Parameter(torch.zeros(channels, 1))     # a itself would some day cross 0
+        self.log_a = nn.Parameter(torch.zeros(channels, 1))  # a itself would some day cross 0
 
     def forward(self, x):
         a = self.log_a.exp()
@@ -839,18 +816,12 @@ class Recurrent(nn.LSTM):
     def forward(self, x):
         return x + super().forward(x.permute(2, 0, 1))[0].permute(1, 2, 0)
 
-def sound_level(audio):
-    """The RMS of each sound over 0.3, the level at which the codec works: [B, T] -> [B, 1]."""
-    return audio.square().mean(1, keepdim=True).sqrt().clamp_min(1e-5) / 0.3
-
 class SnakeVAE(nn.Module):
     """A codec: audio [B, T] <-> latents [B, C, L], hop = product of strides, L = ceil(T / hop).
 
-    The network works at one level: encode divides each sound by its own, which travels as ln(level)
-    in one more channel; decode brings what it plays to level 1 and multiplies. So soft notes are
-    coded as well as loud ones. Kernels are twice the stride, so that all output samples have
-    equally many inputs; otherwise the stride is heard as a buzz. After [11] section 3.1.
-    Lifts out with: Recurrent, ResidualUnit, Snake, sound_level."""
+    The last channel is the logarithm of the level. Kernels are twice the stride, so that all output
+    samples have equally many inputs; otherwise the stride is heard as a buzz. After [11] section
+    3.1. Lifts out with: Recurrent, ResidualUnit, Snake."""
 
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
         super().__init__()
@@ -881,19 +852,31 @@ class SnakeVAE(nn.Module):
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
 
     def posterior(self, audio):
-        """Audio [B, T] of level 1 -> mean, log_variance, [B, C - 1, L] each."""
+        """Levelled audio [B, T] -> mean, log_variance, [B, C - 1, L] each."""
         audio = F.pad(audio, (0, -audio.shape[1] % self.hop))
         mean, log_variance = self.encoder(audio[:, None]).chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 20)                # e^20 is finite and noise enough
+        return mean, log_variance.clamp(-20, 20)        # e^20 is finite and noise enough
+
+    def stretch(self, curve):
+        """A curve [B, L] as [B, L * hop], on straight lines."""
+        return F.interpolate(curve[:, None], scale_factor=self.hop, mode="linear")[:, 0]
+
+    def levelled(self, audio):
+        """Audio [B, T] with RMS 1 everywhere, and its level [B, L]: the RMS of 15 hops. A level 30
+        dB below the sound's highest stays below 1, so silence does not become noise."""
+        power = F.avg_pool1d(audio.square(), self.hop, ceil_mode=True)
+        level = F.avg_pool1d(power, 15, 1, 7, count_include_pad=False).sqrt()
+        level = level.maximum(0.03 * level.amax(1, keepdim=True)).clamp_min(1e-5)
+        return audio / self.stretch(level)[:, :audio.shape[1]], level
 
     def encode(self, audio):
-        level = sound_level(audio)
-        mean, _ = self.posterior(audio / level)
-        return torch.cat([mean, level.log()[:, :, None].expand(-1, 1, mean.shape[2])], dim=1)
+        audio, level = self.levelled(audio)
+        return torch.cat([self.posterior(audio)[0], level.log()[:, None]], dim=1)
 
     def decode(self, latents):
-        audio = self.decoder(latents[:, :-1])[:, 0]             # [B, L * hop]
-        return audio / sound_level(audio) * latents[:, -1].mean(1, keepdim=True).exp()
+        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # [B, L * hop]
+        level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
+        return audio * self.stretch(level)
 
 def kl_divergence(mean, log_variance):
     """The KL of this chapter, in nats: its mean over all latent values ([12] appendix B)."""
@@ -922,11 +905,10 @@ def stft(audio, size):
     return torch.stft(audio.float(), size, size // 4, window=window, pad_mode="constant",
                       return_complex=True) * 4 / size
 
-def stft_loss(estimate, target, sizes=(2048, 512, 128), reduce=True, floor=1e-3):
+def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     """||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e|, mean over window `sizes` ([19] eq. 4-6).
 
-    S: magnitudes of audio [B, T]; below `floor` all are alike. A scalar, or [B] if not `reduce`.
-    Lifts out with: stft."""
+    S: magnitudes of audio [B, T]; below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
         S_e = stft(estimate, size).abs().flatten(1)
@@ -934,7 +916,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), reduce=True, floor=1e-3)
         silent = 10 * floor * math.sqrt(S_t.shape[1])           # silence is not 0/0
         total = total + (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
         total = total + ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
-    return (total.mean() if reduce else total) / len(sizes)
+    return total.mean() / len(sizes)
 
 class STFTDiscriminator(nn.Module):
     """Tells recordings from reconstructions: [B, T] -> logits [B, 1, ., .] and all hidden layers.
@@ -970,7 +952,7 @@ def feature_matching_loss(real, fake):
                  for r, f in zip(real, fake)]
     return sum(distances) / len(distances)
 
-class LossBalancer:
+class LossBalancer(nn.Module):
     """Turn weights of losses into shares of the gradient at the output ([11] section 3.4).
 
         balancer = LossBalancer({"l1": 1, "stft": 2})
@@ -980,11 +962,11 @@ class LossBalancer:
     that does not depend on the output goes into `free`. `shares`: of each in the sum of norms."""
 
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
+        super().__init__()
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.norms = dict.fromkeys(weights, 0.0)
-        self.counts = dict.fromkeys(weights, 0)
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # sums of |g_i|, of 1
 
     def backward(self, losses, output, free=None):
         if not losses.keys() <= self.weights.keys():
@@ -992,26 +974,21 @@ class LossBalancer:
         total = sum(self.weights[name] for name in losses)
         balanced = torch.zeros_like(output)
         self.shares = {}
-        for name, loss in losses.items():
-            g, = torch.autograd.grad(loss, output, retain_graph=True)
+        for i, name in enumerate(self.weights):
+            if name not in losses:
+                continue
+            g, = torch.autograd.grad(losses[name], output, retain_graph=True)
             norm = g.flatten(1).norm(dim=1).mean()
-            self.norms[name] = self.ema_decay * self.norms[name] + (1 - self.ema_decay) * norm
-            self.counts[name] += 1
-            mean = self.norms[name] / (1 - self.ema_decay ** self.counts[name])
+            seen = torch.stack([norm, torch.ones_like(norm)])
+            self.norms[:, i].lerp_(seen, 1 - self.ema_decay)
+            mean = self.norms[0, i] / self.norms[1, i]
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced = balanced + factor * g
             self.shares[name] = factor * norm
-        whole = sum(self.shares.values()).clamp_min(1e-12)      # all may be silent
+        whole = sum(self.shares.values()).clamp_min(1e-12)  # all may be silent
         self.shares = {name: share / whole for name, share in self.shares.items()}
         # The gradient of this at `output` is `balanced`; from there it goes on into the network.
         ((balanced * output).sum() + sum((free or {}).values())).backward()
-
-    def state_dict(self):
-        return {"norms": self.norms, "counts": self.counts}
-
-    def load_state_dict(self, state):
-        self.norms = state["norms"]
-        self.counts = state["counts"]
 
 # ----------------------------------------------------------------------
 # 8. Data: where do the notes come from?
@@ -1071,7 +1048,7 @@ class Melodies(Plucks):
             pitch = np.clip(pitch + random.integers(-5, 6), 40, 76)
             note = pluck(int(pitch), int(random.integers(40, 128)), lasts, self.sample_rate, tone)
             notes.append(note if random.random() > 0.12 else 0 * note)  # else a rest
-        first = int(random.random() * self.sample_rate)         # the phrase may begin within a note
+        first = int(random.random() * self.sample_rate)  # the phrase may begin within a note
         return torch.cat(notes)[first:first + round(self.seconds * self.sample_rate)]
 
 class AudioFolder(Dataset):
@@ -1080,7 +1057,7 @@ class AudioFolder(Dataset):
     Names as in NSynth [13], guitar_acoustic_004-071-025.wav, give labels. Held out are folders that
     end in -valid, or else a twentieth of the files. Lifts out with: load_audio, resample."""
     endings = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"} | {
-        ".aac", ".aif", ".aifc", ".amr", ".ape", ".m4a", ".mp2", ".oga", ".opus", ".wma", ".wv"}
+        ".aac", ".aif", ".aifc", ".amr", ".m4a", ".mp2", ".oga", ".opus", ".wma"}
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
@@ -1103,13 +1080,12 @@ class AudioFolder(Dataset):
         self.sample_rate = sample_rate or min(rates[len(rates) // 2], 22_050)
         self.seconds = seconds or min(4.0, max(info.duration for info in files.values()))
         held = {path for path in files if path.parent.name.endswith("-valid")}
-        if len(held) in (0, len(files)):
-            # By a hash of the name: more files leave it as it is. Of few files, the lowest.
-            names = {path: path.relative_to(root).as_posix().encode() for path in files}
-            hashes = {path: hashlib.sha256(name).digest() for path, name in names.items()}
+        if len(held) in (0, len(files)):  # by a hash of the name; of few files, the lowest
+            hashes = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+                      for path in files}
             limit = max(bytes([13]), min(hashes.values()))
             held = {path for path in files if hashes[path] <= limit}
-        self.pieces = []                                        # (path, start in s)
+        self.pieces = []                                # (path, start in s)
         for path, info in files.items():
             last = max(0.0, info.duration - self.seconds)
             for k in range(1 + math.ceil(2 * last / self.seconds)):
@@ -1117,7 +1093,7 @@ class AudioFolder(Dataset):
         self.valid = torch.tensor([path in held for path, _ in self.pieces])
         names = [self.label.fullmatch(path.stem) for path, _ in self.pieces]
         self.sources = sorted({name[1] for name in names if name})
-        self.labels = torch.full((len(names), 3), -1)           # -1: not given
+        self.labels = torch.full((len(names), 3), -1)   # -1: not given
         for label, name in zip(self.labels, names):
             if name:
                 label[:] = torch.tensor([int(name[2]), int(name[3]), self.sources.index(name[1])])
@@ -1155,7 +1131,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
             zipfile.ZipFile(archive).extractall(f"{target}.new")  # never outside of that folder
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{url} -> {archive}: {error}; run the same again") from None
-        os.replace(f"{target}.new", target)                     # all of it, or nothing
+        os.replace(f"{target}.new", target)             # all of it, or nothing
     return target
 
 class Music2Latent:
@@ -1166,35 +1142,35 @@ class Music2Latent:
     hop = 4096
 
     def __init__(self, seed=0, device=None):
-        import music2latent                                     # slow to import
+        import music2latent                             # slow to import
         self.seed = seed
         # Apple's GPUs garble this codec: there it stays on the CPU.
         self.device = "cpu" if "mps" in str(device) else device or "cpu"
-        weights = pathlib.Path(music2latent.__file__).parent / "models" / "music2latent.pt"
         try:
             self.model = music2latent.EncoderDecoder(device=self.device)
-        except Exception as error:                              # whatever the download may raise
-            raise ValueError(f"Music2Latent does not load ({type(error).__name__}): put the file "
-                             f"of huggingface.co/SonyCSLParis/music2latent at {weights}") from None
+        except Exception as error:                      # whatever the download may raise
+            folder = pathlib.Path(music2latent.__file__).parent / "models"
+            raise ValueError(f"Music2Latent does not load ({type(error).__name__}): put music2latent"
+                             f".pt of huggingface.co/SonyCSLParis/music2latent in {folder}") from None
 
     def encode(self, audio):
         audio = F.pad(audio, (0, max(0, self.hop + 1536 - audio.shape[1])))
         latents = self.model.encode(audio.to(self.device), max_batch_size=16)
-        return latents.float().to(audio.device)                 # half precision on a GPU
+        return latents.float().to(audio.device)         # half precision on a GPU
 
     def decode(self, latents):
         audio = []
         with torch.random.fork_rng():
-            for item in latents.to(self.device).split(1):       # each from the same noise
+            for item in latents.to(self.device).split(1):  # each from the same noise
                 torch.manual_seed(self.seed)
                 audio.append(self.model.decode(item).float().to(latents.device))
         return torch.cat(audio)
 
-def measure_curves(audio, codec):
+def measure_curves(audio, sample_rate, hop):
     """The envelope of audio [B, T], and its pitch in octaves from middle C, -5 where unvoiced, once
-    per frame of a codec: [B, 2, L]. Lifts out with: envelope, periodicity, pitch_track."""
-    tracks = torch.cat([pitch_track(x[None], codec.sample_rate, codec.hop) for x in audio])
-    return torch.stack([envelope(audio, codec.hop), (tracks - 60) / 12], dim=1)
+    per hop: [B, 2, L]. Lifts out with: envelope, periodicity, pitch_track."""
+    tracks = torch.cat([pitch_track(x[None], sample_rate, hop) for x in audio])
+    return torch.stack([envelope(audio, hop), (tracks - 60) / 12], dim=1)
 
 def melody_curves(melody, frames_per_note, played):
     """Curves [2, L] for a list of pitches and None (a rest): as loud, and fading as fast, as the
@@ -1220,7 +1196,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU. Code in the file is refused, not run: ValueError."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                                  # a broken file may raise anything
+    except Exception as error:                          # a broken file may raise anything
         raise ValueError(f"{path}: no checkpoint ({type(error).__name__}); train first") from None
 
 @torch.no_grad()
@@ -1238,7 +1214,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         if not read:
             continue
         z = codec.encode(audio.to(device)).cpu()
-        curves = measure_curves(audio, codec) if condition == "control" else z[:, :0]  # or none
+        curves = z[:, :0]                               # none
+        if condition == "control":
+            curves = measure_curves(audio, codec.sample_rate, codec.hop)
         parts.append((z, curves[:, :, :z.shape[2]], torch.tensor(read)))
         if len(parts) % 32 == 0:
             print(f"encoded {batch * len(parts):,} of {len(data):,} sounds", file=sys.stderr)
@@ -1246,16 +1224,14 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     labels = data.labels[kept]
     valid = data.valid[kept]
     mean = z[~valid].mean((0, 2))[:, None]
-    std = z[~valid].std((0, 2))[:, None].clamp_min(0.01)        # unused channels stay small
+    std = z[~valid].std((0, 2))[:, None].clamp_min(0.01)  # unused channels stay small
     low, high = labels[~valid, 0].aminmax()
     held = valid.nonzero()[:, 0]
     pairs = max(1, min(185, len(held) // 2))
-    spread = torch.linspace(0, len(held) - 1, 2 * pairs).round().long()
-    a = held[spread[0::2]]
-    b = held[spread[1::2]]
+    a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     real, _ = read_sounds(data, kept[b].tolist())
     if condition == "control":
-        curves[:, 0] /= curves[~valid, 0].max()                 # the loudest frame is 1
+        curves[:, 0] /= curves[~valid, 0].max()         # the loudest frame is 1
     cond = {"note": {"labels": labels}, "control": {"controls": curves}, "none": {}}[condition]
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1281,7 +1257,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # [2] trains images at t = sigmoid(N(0, 1)), which is sigma/alpha = e^N(0, 1). The frames of a note
 # say nearly the same, so it shows through more noise than an image: rf, edm take e^N(0.5, 1.3^2).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
-RANK = int(os.environ.get("RANK", 0))                           # which process am I, of how many?
+RANK = int(os.environ.get("RANK", 0))                   # which process am I, of how many?
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def learning_rate(step, steps, peak, warmup=200):
@@ -1343,11 +1319,11 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
-    audio = audio / sound_level(audio)
+    audio = torch.cat([codec.levelled(some)[0] for some in audio.split(64)])
     judge = STFTDiscriminator().to(device)
     judge_optimiser = torch.optim.AdamW(judge.parameters(), lr / 2, betas=(0.8, 0.99))
     weights = {"l1": 1, "l2": 1, "stft": 2, "adversarial": 1, "features": 2}
-    balancer = LossBalancer(weights, ema_decay=0.99)
+    balancer = LossBalancer(weights, ema_decay=0.99).to(device)
 
     def learn(step):
         chosen = torch.randint(len(audio), (batch_size, 1), generator=generator)
@@ -1357,26 +1333,20 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         spread = (log_variance / 2).exp() * standard_normal(mean.shape, generator, device)
         error = blur * mean.detach().std((0, 2), keepdim=True)
         z = mean + spread + error * standard_normal(mean.shape, generator, device)
-        # Errors are judged at each window's own level and weighted by sqrt(rms): neither loud nor
-        # quiet windows rule. What is 40 dB below its sound's RMS of 0.3 counts as silence.
-        rms = real.square().mean(1, keepdim=True).sqrt().clamp_min(0.003)  # [B, 1]
-        weight = rms[:, 0].sqrt()
-        truth = real / rms
-        estimate = codec.decoder(z)[:, 0, :crop] / rms
-        difference = estimate - truth
-        losses = {"l1": (weight * difference.abs().mean(1)).mean(),
-                  "l2": (weight * (difference.square().mean(1) + 1e-8).sqrt()).mean(),
-                  "stft": (weight * stft_loss(estimate, truth, reduce=False)).mean()}
+        estimate = codec.decoder(z)[:, 0, :crop]
+        rms = ((estimate - real).square().mean(1) + 1e-8).sqrt()
+        losses = {"l1": F.l1_loss(estimate, real), "l2": rms.mean(),
+                  "stft": stft_loss(estimate, real)}
         seen = {"kl": kl_divergence(mean, log_variance)}
         if step >= adversarial_from:
             # The judge learns from a detached copy: its step must not teach the codec anything.
-            seen["judge"] = hinge_discriminator_loss(judge(truth)[0], judge(estimate.detach())[0])
+            seen["judge"] = hinge_discriminator_loss(judge(real)[0], judge(estimate.detach())[0])
             judge_optimiser.zero_grad()
             seen["judge"].backward()
             judge_optimiser.step()
             logits, maps = judge(estimate)
             losses["adversarial"] = hinge_generator_loss(logits)
-            losses["features"] = feature_matching_loss(judge(truth)[1], maps)
+            losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
         return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
 
@@ -1389,7 +1359,7 @@ def drop_conditions(cond, generator, p=0.1):
     kept = {}
     for name, value in cond.items():
         drop = torch.rand(len(value), value.shape[1] + 1, generator=generator) < p
-        drop = (drop[:, 1:] | drop[:, :1]).to(value.device)     # [B, n]
+        drop = (drop[:, 1:] | drop[:, :1]).to(value.device)  # [B, n]
         kept[name] = (value.masked_fill(drop, -1) if name == "labels" else
                       value.masked_fill(drop[:, :, None], math.nan))
     return kept
@@ -1452,7 +1422,7 @@ def build_net(settings):
     channels = settings["channels"]
     if settings["net"] == "tutorial":
         return TutorialUNet(channels)
-    if settings["condition"] == "control":                      # curves say where in a sound we are
+    if settings["condition"] == "control":              # curves say where in a sound we are
         return UNet1d(channels, 96, (1, 1, 2), controls=2)
     sizes = (128, 128, len(settings["sources"])) if settings["condition"] == "note" else ()
     return UNet1d(channels, 96, (1, 1, 2), label_sizes=sizes, window=settings["frames"])
@@ -1483,6 +1453,30 @@ class Run:
         parts = [self.codec.decode(part.to(self.device)) for part in latents.split(16)]
         return torch.cat(parts).float().cpu()
 
+def describe(audio, rate, pitches=None, controls=None, hop=None, real=None):
+    """Figures of sounds [N, T], beside what was asked for, pitches [N] or controls [N, 2, L], and
+    beside the `real` ones that they copy."""
+    tracks = [periodicity(sound[None], rate, rate // 60, low=20.0) for sound in audio]
+    pitch, r = (torch.cat(track) for track in zip(*tracks))  # [N, frames]
+    figures = {"level_db": 10 * audio.square().mean(1).clamp_min(1e-12).log10().mean(),
+               "harmonics_db": 10 * (r / (1 - r).clamp_min(1e-5)).log10()[pitch > 0].mean()}
+    if pitches is not None:
+        close = (note_pitch(pitch) - pitches).abs() < 0.5
+        figures["pitch_accuracy"] = close.float().mean()
+    if controls is not None:
+        heard = measure_curves(audio, rate, hop)[:, :, :controls.shape[2]]
+        both = torch.stack([heard[:, 0].flatten(), controls[:, 0].flatten()])
+        close = (heard[:, 1] - controls[:, 1]).abs() < 0.5 / 12
+        figures["envelope_correlation"] = torch.corrcoef(both)[0, 1]
+        figures["voiced_within_50_cents"] = close[controls[:, 1] > -4.9].float().mean()
+    if real is not None:
+        T = min(audio.shape[1], real.shape[1])
+        S_e, S_t = (stft(sounds[:, :T], 1024).abs() for sounds in (audio, real))
+        floor = 1e-3 * S_t.amax((1, 2), keepdim=True) + 1e-9  # 60 dB below
+        decibels = 20 * (S_e.maximum(floor) / S_t.maximum(floor)).log10()
+        figures["spectral_distance_db"] = decibels.square().mean(1).sqrt().mean()
+    return figures
+
 @torch.no_grad()
 def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     """Measure a Run: prints a row of figures for each kind of sound, writes evaluation.json.
@@ -1490,53 +1484,35 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     Kinds: real, codec (real through the codec), each guidance scale. Returns what it wrote, mostly
     {figure: {kind: value}}, and {name: audio [T]}: the first sounds, generated at scales[0]."""
     data = load_checkpoint(run.folder / "latents.pt")
-    a, b = (data["x"][data[half]] for half in "ab")             # [N, C, L] each
-    real = data["real"]                                         # the sounds b
+    a, b = (data["x"][data[half]] for half in "ab")     # [N, C, L] each
+    train = data["x"][~data["valid"]][:5000].flatten(1)
     pitches = data["labels"][data["b"], 0]
     cond = {name: value[data["b"]].to(run.device) for name, value in data["cond"].items()}
-    rate = run.codec.sample_rate
+    wanted = cond["controls"].cpu() if "controls" in cond else None
     result = {"count": len(b), "seed": seed, "sampler": sampler, "steps": steps,
               "nfe": 2 * steps - 1 if sampler == "heun" else steps}
 
     def row(kind, audio, x):
-        tracks = [periodicity(sound[None], rate, rate // 60, low=20.0) for sound in audio]
-        pitch, r = (torch.cat(track) for track in zip(*tracks))  # [N, frames]
-        figures = {"level_db": 10 * audio.square().mean(1).clamp_min(1e-12).log10().mean(),
-                   "harmonics_db": 10 * (r / (1 - r).clamp_min(1e-5)).log10()[pitch > 0].mean()}
-        if pitches.min() >= 0 and (cond or x is b):             # else no pitch was asked for
-            error = note_pitch(pitch) - pitches
-            figures["pitch_accuracy"] = (error.abs() < 0.5).float().mean()
-        if "controls" in cond:
-            wanted = cond["controls"].cpu()                     # [N, 2, L]
-            heard = measure_curves(audio, run.codec)[:, :, :b.shape[2]]
-            both = torch.stack([heard[:, 0].flatten(), wanted[:, 0].flatten()])
-            close = (heard[:, 1] - wanted[:, 1]).abs() < 0.5 / 12
-            figures["envelope_correlation"] = torch.corrcoef(both)[0, 1]
-            figures["voiced_within_50_cents"] = close[wanted[:, 1] > -4.9].float().mean()
+        asked = pitches.min() >= 0 and (cond or x is b)     # a pitch was
+        figures = describe(audio, run.codec.sample_rate, pitches if asked else None, wanted,
+                           run.codec.hop, data["real"] if kind == "codec" else None)
         if kind != "real" and len(b) > 1:
             features = [torch.cat([z.mean(2), z.std(2)], dim=1) for z in (x, a)]
             figures["frechet"] = frechet_distance(*features)
-        if kind == "codec":
-            T = min(audio.shape[1], real.shape[1])
-            S_e, S_t = (stft(sounds[:, :T], 1024).abs() for sounds in (audio, real))
-            floor = 1e-3 * S_t.amax((1, 2), keepdim=True) + 1e-9  # 60 dB below
-            decibels = 20 * (S_e.maximum(floor) / S_t.maximum(floor)).log10()
-            figures["spectral_distance_db"] = decibels.square().mean(1).sqrt().mean()
         title = kind if x is b else f"w = {kind}"
         print(f"  {title:6}", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         for name, value in figures.items():
-            if math.isfinite(value):                            # JSON has no NaN
+            if math.isfinite(value):                    # JSON has no NaN
                 result.setdefault(name, {})[kind] = float(value)
         return audio
 
-    sounds = {"real": row("real", real, b), "codec": row("codec", run.decode(b), b)}
+    sounds = {"real": row("real", data["real"], b), "codec": row("codec", run.decode(b), b)}
     for w in scales if cond else (1.0,):
         began = time.perf_counter()
         x = generate(GuidedNet(run.net, w), run.objective, b.shape, sampler, steps, seed,
                      device=run.device, **cond).cpu()
         audio = run.decode(x)
         result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
-        train = data["x"][~data["valid"]][:5000].flatten(1)
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
         sounds.setdefault("generated", row(f"{w:g}", audio, x))
@@ -1558,7 +1534,7 @@ audio, img { width: 100% } img { height: 10rem }</style>
 
 def spectrogram_image(audio, rate, columns=320, top=3000):
     """Audio [T] as a bitmap in a data URI: 0 to `top` Hz upwards, white 80 dB below the loudest."""
-    size = 2 ** round(math.log2(rate / 16))                     # 1/16 s
+    size = 2 ** round(math.log2(rate / 16))             # 1/16 s
     S = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
     grey = 255 / -80 * 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
     pixels = grey.byte().repeat_interleave(3, dim=1).numpy().tobytes()  # the lowest row first
@@ -1593,10 +1569,9 @@ def write_sounds(folder, sounds, rate):
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then
 # `--cfg 1 --out w1` and `--cfg 8 --out w8`. Sound i starts from the same noise in all three: what
 # of it comes from the noise, what from the pitch, and what does too much guidance do?
-BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                                   # one line, without the usage
+    def error(self, message):                           # one line, without the usage
         self.exit(2, f"minidiff: {message} (see {self.prog} --help)\n")
 
 def between(low, high, kind=float):
@@ -1606,19 +1581,6 @@ def between(low, high, kind=float):
             raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
         return kind(text)
     return number
-
-def pick_device(name):
-    """A type for argparse: a device that works; auto is a GPU, if there is one."""
-    if name == "auto":
-        gpu = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if gpu else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"        # torchrun numbers them
-    try:
-        torch.zeros(1, device=name).tolist()
-    except Exception:                                           # some libraries dump a page of text
-        raise argparse.ArgumentTypeError(f"{name} cannot be used on this machine") from None
-    return name
 
 def build_parser():
     count = between(1, 10 ** 9, int)
@@ -1631,115 +1593,109 @@ def build_parser():
     top = Parser(prog="minidiff.py", description=__doc__.splitlines()[0],
                  epilog="minidiff.py COMMAND --help lists the options of a command.")
     commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name, text):
-        return commands.add_parser(name, help=text).add_argument
-
-    command("toy", "the whole idea in ten seconds")
-    train = command("train", "train a codec and a model: train --data folder --codec vae")
-    sample = command("sample", "make sounds: sample --run runs/plucks --pitch 60 64 67")
-    measure = command("evaluate", "measure a run: evaluate --run runs/plucks")
-    for add in (train, sample, measure):
-        add("--run", required=add != train, help="folder of the run")
-        add("--device", type=pick_device, default="auto", help="(default: a GPU, if any)")
-        add("--seed", type=int, default=None if add == train else 0, help="(default 0)")
-    for add in (sample, measure):
+    commands.add_parser("toy", help="the whole idea in ten seconds")
+    train = commands.add_parser("train", help="train a codec and a model")
+    sample = commands.add_parser("sample", help="make sounds: sample --run runs/plucks --pitch 60")
+    measure = commands.add_parser("evaluate", help="measure a run: evaluate --run runs/plucks")
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    for command in (train, sample, measure):
+        add = command.add_argument
+        add("--run", required=command != train, help="folder of the run")
+        add("--device", default=str(gpu), help="(default: a GPU, if any)")
+        add("--seed", type=int, default=None if command == train else 0, help="(default 0)")
+    for command in (sample, measure):
+        add = command.add_argument
         add("--sampler", choices=["euler", "heun", "dpmpp_3m_sde"], default="heun")
         add("--steps", type=count, default=9, help="of the sampler (default 9)")
-    train("--data", help="plucks (default), melodies, nsynth (335 MB) or a folder")
-    train("--seconds", type=seconds, help="of a sound (default: the data's, up to 4)")
-    train("--codec", choices=["vae", "music2latent"], help="(default: vae for built-in data)")
-    train("--net", choices=["unet", "tutorial"], help="(default unet)")
-    train("--objective", choices=[*OBJECTIVES], help="(default rf)")
-    train("--condition", choices=["note", "control", "none"], help="(default: what the data have)")
-    train("--codec-steps", type=count, help="(default 3400; recordings want more)")
-    train("--steps", type=count, help="of the model (default 1800; recordings want more)")
-    train("--lr", type=between(0, 1), help="its highest rate (default 0.0025)")
-    train("--adversarial-from", type=count, help="codec step at which the discriminator joins")
-    train("--resume", action="store_true", help="go on with a run; its data may have moved")
-    sample("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
-    sample("--negative-pitch", type=midi, help="MIDI pitch to move away from")
-    sample("--melody", nargs="+", type=note, help="MIDI pitches, r for a rest; wants curves")
-    sample("--beat", type=seconds, default=0.5, help="seconds of each (default 0.5)")
-    sample("--count", type=count, default=1, help="sounds for each pitch (default 1)")
-    sample("--seconds", type=seconds, help="(default: as in training)")
-    sample("--cfg", type=float, default=1.25, help="guidance scale w (default 1.25)")
-    sample("--rescale", type=float, default=0.0, help="undoes what w adds to the deviation")
-    sample("--schedule", choices=["linear", "karras", "polyexponential"])
-    sample("--eta", type=between(0, 10), default=1.0, help="noise of dpmpp_3m_sde (default 1)")
-    sample("--init-audio", type=pathlib.Path, help="a sound file to start from")
-    sample("--init-noise", type=float, help="its noise level t (default: sigma = alpha)")
-    sample("--keep", type=float, nargs=2, help="start and end of what stays of it, in seconds")
-    sample("--out", type=pathlib.Path, help="folder (default: samples in the run)")
-    measure("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0], help="(default 1 1.25 2)")
+    add = train.add_argument
+    add("--data", help="plucks (default), melodies, nsynth (335 MB) or a folder")
+    add("--seconds", type=seconds, help="of a sound (default: the data's, up to 4)")
+    add("--codec", choices=["vae", "music2latent"], help="(default: vae for built-in data)")
+    add("--net", choices=["unet", "tutorial"], help="(default unet)")
+    add("--objective", choices=[*OBJECTIVES], help="(default rf)")
+    add("--condition", choices=["note", "control", "none"], help="(default: what the data have)")
+    add("--codec-steps", type=count, help="(default 3400; recordings want more)")
+    add("--steps", type=count, help="of the model (default 1800; recordings want more)")
+    add("--lr", type=between(0, 1), help="its highest rate (default 0.0025)")
+    add("--adversarial-from", type=count, help="codec step at which the discriminator joins")
+    add("--resume", action="store_true", help="go on with a run; its data may have moved")
+    add = sample.add_argument
+    add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
+    add("--melody", nargs="+", type=note, help="MIDI pitches, r for a rest; wants curves")
+    add("--beat", type=seconds, default=0.5, help="seconds of each (default 0.5)")
+    add("--count", type=count, default=1, help="sounds for each pitch (default 1)")
+    add("--seconds", type=seconds, help="(default: as in training)")
+    add("--cfg", type=float, default=1.25, help="guidance scale w (default 1.25)")
+    add("--init-audio", help="a sound file to start from")
+    add("--init-noise", type=float, help="its noise level t (default: sigma = alpha)")
+    add("--keep", type=float, nargs=2, help="start and end of what stays of it, in seconds")
+    add("--out", type=pathlib.Path, help="folder (default: samples in the run)")
+    measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0],
+                         help="(default 1 1.25 2)")
     return top
 
-def prepare(args, folder):
-    """The first half of `train`: codec.pt and latents.pt."""
-    given = {"seconds": args.seconds} if args.seconds else {}
-    if args.codec == "music2latent":
+def prepare(s, folder):
+    """The first half of `train`: codec.pt and latents.pt, by the settings s."""
+    given = {"seconds": s.seconds} if s.seconds else {}
+    if s.codec == "music2latent":
         given["sample_rate"] = Music2Latent.sample_rate
-    if args.data in BUILT_IN:
-        data = BUILT_IN[args.data](seed=args.seed, **given)
+    if s.data in ("plucks", "melodies"):
+        data = (Plucks if s.data == "plucks" else Melodies)(seed=s.seed, **given)
     else:
-        data = AudioFolder(download_nsynth() if args.data == "nsynth" else args.data, **given)
+        data = AudioFolder(download_nsynth() if s.data == "nsynth" else s.data, **given)
     labelled = data.labels.max() >= 0
-    best = "note" if labelled else "control" if args.data == "melodies" else "none"
-    args.condition = "none" if args.net == "tutorial" else args.condition or best
-    if args.condition == "note" and not labelled:
+    best = "note" if labelled else "control" if s.data == "melodies" else "none"
+    s.condition = "none" if s.net == "tutorial" else s.condition or best
+    if s.condition == "note" and not labelled:
         raise ValueError("--condition note needs names such as guitar_acoustic_004-071-025.wav")
-    args.sample_rate = data.sample_rate                         # codec.pt needs it
-    if args.codec == "music2latent":
-        codec = Music2Latent(args.seed, args.device)
+    s.sample_rate = data.sample_rate                    # codec.pt needs it
+    if s.codec == "music2latent":
+        codec = Music2Latent(s.seed, s.device)
     else:
         audio, read = read_sounds(data, (~data.valid).nonzero()[:, 0].tolist())
         if not read:
-            raise ValueError(f"{args.data}: no sound to train on can be read")
-        codec = train_codec(SnakeVAE(data.sample_rate).to(args.device), audio, args.codec_steps,
-                            folder / "codec.pt", args.seed, settings=vars(args),
-                            adversarial_from=args.adversarial_from or math.inf)
-    encode_all(codec, data, folder / "latents.pt", args.condition, args.device)
+            raise ValueError(f"{s.data}: no sound to train on can be read")
+        codec = train_codec(SnakeVAE(data.sample_rate).to(s.device), audio, s.codec_steps,
+                            folder / "codec.pt", s.seed, settings=vars(s),
+                            adversarial_from=s.adversarial_from or math.inf)
+    encode_all(codec, data, folder / "latents.pt", s.condition, s.device)
 
 def train_run(args):
     """train: a codec, latents, a diffusion model, figures and sounds; each where it is missing."""
     data = args.data or "plucks"
-    args.run = args.run or f"runs/{pathlib.Path(data).resolve().name}"
-    folder = pathlib.Path(args.run)
+    folder = pathlib.Path(args.run or f"runs/{pathlib.Path(data).resolve().name}")
     made = [*folder.glob("model.pt"), *folder.glob("codec.pt")]
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: go on with --resume, or choose another --run")
-    saved = load_checkpoint(made[0])["settings"] if made else {
-        "data": data, "codec": "vae" if data in BUILT_IN else "music2latent", "net": "unet",
-        "objective": "rf", "codec_steps": 3400, "steps": 1800, "lr": 2.5e-3, "seed": 0}
-    fixed = ["codec", "seconds", "seed"]  # by codec.pt; the others by model.pt
-    if (folder / "model.pt").exists():
-        fixed += ["net", "objective", "condition"]
-    for name, value in saved.items():                           # given beats saved, unless fixed
-        given = getattr(args, name, None)
-        if made and name in fixed and given not in (None, value):
-            raise ValueError(f"{folder} has --{name} {value} for good; choose another --run")
-        if given is None:
-            setattr(args, name, value)
+    saved = load_checkpoint(made[0])["settings"] if made else {}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
+        if made and given.get(name, saved[name]) != saved[name]:
+            raise ValueError(f"{folder} has --{name} {saved[name]} for good; choose another --run")
+    default = {"data": data, "codec": "vae" if data in ("plucks", "melodies") else "music2latent",
+               "net": "unet", "objective": "rf", "codec_steps": 3400, "steps": 1800, "lr": 2.5e-3,
+               "seed": 0}
+    s = argparse.Namespace(**vars(args) | default | saved | given)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(s.seed)
     if RANK == 0 and not (folder / "latents.pt").exists():
-        prepare(args, folder)
-    if WORLD > 1:                                               # the others wait for rank 0
+        prepare(s, folder)
+    if WORLD > 1:                                       # the others wait for rank 0
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))
     data = load_checkpoint(folder / "latents.pt")
-    settings = vars(args) | data["facts"]
-    torch.manual_seed(args.seed)
-    net = build_net(settings).to(args.device)
-    cond = {name: value.to(args.device) for name, value in data["cond"].items()}
-    train_diffusion(net, OBJECTIVES[args.objective], data["x"].to(args.device), cond,
-                    data["valid"].to(args.device), args.steps, folder / "model.pt", args.seed,
+    settings = vars(s) | data["facts"]
+    torch.manual_seed(s.seed)
+    net = build_net(settings).to(s.device)
+    cond = {name: value.to(s.device) for name, value in data["cond"].items()}
+    train_diffusion(net, OBJECTIVES[s.objective], data["x"].to(s.device), cond,
+                    data["valid"].to(s.device), s.steps, folder / "model.pt", s.seed,
                     # A batch has about 2000 frames.
-                    max(WORLD, 2000 // settings["frames"]), args.lr, settings)
+                    max(WORLD, 2000 // settings["frames"]), s.lr, settings)
     if RANK == 0:
-        run = Run(folder, args.device)
-        result, sounds = evaluate(run, seed=args.seed)
+        run = Run(folder, s.device)
+        result, sounds = evaluate(run, seed=s.seed)
         write_sounds(folder / "samples", sounds, run.codec.sample_rate)
-        in_tune = result["pitch_accuracy_codec"]                # None if there are no labels
+        in_tune = result["pitch_accuracy_codec"]        # None if there are no labels
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
         weak = abs(louder) > 6 or in_tune is not None and in_tune < 0.9
         print("verdict: the codec is", "the weak part: start another --run with more --codec-steps"
@@ -1750,9 +1706,9 @@ def sample_run(args):
     """sample: sounds from a trained run."""
     run = Run(args.run, args.device)
     settings = run.settings
-    rate = run.codec.sample_rate / run.codec.hop                # frames per second
-    for option, condition in (("pitch", "note"), ("negative_pitch", "note"), ("melody", "control")):
-        if getattr(args, option) is not None and settings["condition"] != condition:
+    rate = run.codec.sample_rate / run.codec.hop        # frames per second
+    for option, condition in (("pitch", "note"), ("melody", "control")):
+        if getattr(args, option) and settings["condition"] != condition:
             raise ValueError(f"--{option} needs a run trained with --condition {condition}")
     if not args.init_audio and (args.keep or args.init_noise is not None):
         raise ValueError("--init-noise and --keep need --init-audio")
@@ -1760,20 +1716,16 @@ def sample_run(args):
     frames = math.ceil(args.seconds * rate) if args.seconds else settings["frames"]
     init = keep = None
     cond = {}
-    negative = {}
     if settings["condition"] == "note":
         cond["labels"] = torch.tensor([[pitch, -1, -1] for pitch in pitches], device=args.device)
-    if args.negative_pitch is not None:
-        away = torch.tensor([args.negative_pitch, -1, -1], device=args.device)
-        negative["labels"] = away.expand(len(pitches), -1)      # [B, 3]
     if args.melody:
         played = load_checkpoint(run.folder / "latents.pt")["cond"]["controls"]
         curves = melody_curves(args.melody, args.beat * rate, played).to(args.device)
         cond["controls"] = curves.expand(len(pitches), -1, -1)
         frames = curves.shape[1]
     if args.init_audio:
-        audio = load_audio(args.init_audio, run.codec.sample_rate)[None]
-        latents = run.codec.encode(audio.to(args.device)).cpu().expand(len(pitches), -1, -1)
+        audio = load_audio(args.init_audio, run.codec.sample_rate)[None].to(args.device)
+        latents = run.codec.encode(audio).cpu().expand(len(pitches), -1, -1)
         init = ((latents - settings["mean"]) / settings["std"]).to(args.device)
         frames = init.shape[2]
     if args.keep:
@@ -1782,19 +1734,16 @@ def sample_run(args):
         if not keep.any():
             raise ValueError("--keep {:g} {:g} holds nothing of the sound".format(*args.keep))
     low, high = settings["pitches"]
-    learnt = settings["frames"]
-    outside = args.pitch and not low <= min(pitches) <= max(pitches) <= high
-    longer = frames > learnt and settings["condition"] != "control"
-    lost = args.init_noise == run.objective.t_max
-    for due, text in ((outside, f"the training had pitches from {low} to {high} only"),
-                      (longer, f"the model has learnt sounds of {learnt / rate:.1f} s only"),
-                      (negative and args.cfg == 1, "--negative-pitch needs another --cfg than 1"),
-                      (lost, "at that --init-noise nothing of the sound is left")):
-        if due:
-            print(f"note: {text}", file=sys.stderr)
-    x = generate(GuidedNet(run.net, args.cfg, args.rescale, negative), run.objective,
+    seconds = settings["frames"] / rate
+    if args.pitch and not low <= min(pitches) <= max(pitches) <= high:
+        print(f"note: the training had pitches from {low} to {high} only", file=sys.stderr)
+    if frames > settings["frames"] and settings["condition"] != "control":
+        print(f"note: the model has learnt sounds of {seconds:.1f} s only", file=sys.stderr)
+    if args.init_noise == run.objective.t_max:
+        print("note: at that --init-noise nothing of the sound is left", file=sys.stderr)
+    x = generate(GuidedNet(run.net, args.cfg), run.objective,
                  (len(pitches), settings["channels"], frames), args.sampler, args.steps, args.seed,
-                 args.schedule, args.eta, init, args.init_noise, keep, device=args.device, **cond)
+                 init=init, init_noise=args.init_noise, keep=keep, device=args.device, **cond)
     sounds = {}
     for i, (pitch, audio) in enumerate(zip(pitches, run.decode(x))):
         sounds[f"sample_{args.seed + i}_pitch_{pitch}".removesuffix("_pitch_-1")] = audio
@@ -1806,7 +1755,14 @@ def main(argv=None):
     try:
         if args.command == "toy":
             toy()
-        elif args.command == "train":
+            return 0
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers them
+        try:
+            torch.zeros(1, device=args.device).tolist()
+        except Exception:                               # some libraries dump a page of text
+            raise ValueError(f"--device {args.device} cannot be used on this machine") from None
+        if args.command == "train":
             train_run(args)
         elif args.command == "sample":
             sample_run(args)

@@ -209,15 +209,14 @@ def test_dpmpp_3m_sde():
 
 @pytest.mark.parametrize("sampler, cost", [(m.euler, 6), (m.heun, 11), (m.dpmpp_3m_sde, 6)])
 def test_samplers_count_and_leave_their_input(sampler, cost):
-    """n evaluations, 2n - 1 for Heun; t is [B] in x's dtype; a callback comes before each step."""
+    """n evaluations, 2n - 1 for Heun; t is [B] in x's dtype."""
     seen = []
     x = torch.ones(2, 3)
     def look(x, t):
         seen.append((t.shape, t.dtype))
         return 0.1 * x
-    sampler(look, x, EDM.times(6), callback=lambda i, t, x: seen.append(i))
+    sampler(look, x, EDM.times(6))
     assert seen.count(((2,), torch.float32)) == cost
-    assert [i for i in seen if isinstance(i, int)] == list(range(6))
     assert torch.equal(x, torch.ones(2, 3))
 
 def test_optimise_noise():
@@ -230,14 +229,14 @@ def test_optimise_noise():
 
 @each_objective
 @each_sampler
-@pytest.mark.parametrize("schedule", [None, "linear", "karras", "polyexponential"])
+@pytest.mark.parametrize("schedule", [None, m.karras_times(50, 0.002, 80)], ids=["even", "karras"])
 def test_generate(objective, sampler, schedule):
     """N(2, 1) in 50 steps by each sampler on each grid; item 2 of seed 5 is item 0 of seed 7."""
     before = torch.get_rng_state()
     net = ideal_net(objective, 2.0)
     x = m.generate(net, objective, (3, 16, 32), sampler, 50, 5, schedule)
     assert near(x.mean(), 2, 0.1)
-    assert near(x.std(), 1, 0.55 if schedule == "linear" else 0.25)    # steps of 1.6 for EDM
+    assert near(x.std(), 1, 0.25)
     assert near(m.generate(net, objective, (1, 16, 32), sampler, 50, 7, schedule), x[2:], 1e-4)
     assert torch.equal(before, torch.get_rng_state())      # no chance but the seed's
     with pytest.raises(ValueError, match="eular"):
@@ -254,9 +253,8 @@ def test_generate_from_a_sound(objective, sampler):
     noise = torch.stack([normal32(2, 8, seed=i) for i in (0, 1)])
     middle = make(init=init)
     assert near(middle, (init + noise) / 2 ** 0.5, 0.4)    # N(0, 1)'s exact map
-    for wrong in ({"schedule": "cosine"}, {"init": init, "init_noise": 99}):
-        with pytest.raises(ValueError, match="cosine|init_noise"):
-            make(**wrong)
+    with pytest.raises(ValueError, match="init_noise"):
+        make(init=init, init_noise=99)
     kept = make(init=init, keep=torch.arange(8) < 3)
     assert torch.equal(kept[..., :3], init[..., :3])
     assert near(kept[..., 3:], middle[..., 3:], 1e-4)
@@ -420,7 +418,8 @@ def test_snake_vae(strides, hop):
         assert vae.decode(latents).isfinite().all()
 
 def test_snake_vae_level_and_gradients():
-    """20 dB down: only the last channel changes, by ln 10, and the output is 20 dB down."""
+    """20 dB down: only the last channel changes, by ln 10, and the output is 20 dB down. A sound
+    that fades by 20 dB has RMS 1 everywhere when levelled, and is played fading by 20 dB."""
     vae = small_vae()
     audio = normal32(1, 1000).requires_grad_()
     latents = vae.encode(audio)
@@ -432,7 +431,11 @@ def test_snake_vae_level_and_gradients():
     assert near(soft[:, :-1], latents[:, :-1])
     assert near(soft[:, -1], latents[:, -1] - math.log(10))
     assert near(vae.decode(soft), out / 10)
-    assert near(m.sound_level(out), m.sound_level(audio))
+    fade = 10 ** -torch.linspace(0, 1, 20_000)
+    flat, level = vae.levelled(fade * normal32(1, 20_000))
+    assert near(flat.unflatten(1, (5, -1)).square().mean(2), 1, 0.2)
+    assert near((level[0, 70] / level[0, 10]).log(), -60 / 78 * math.log(10), 0.2)
+    assert near(vae.levelled(vae.decode(vae.encode(flat * fade)))[1] / level, 1, 0.3)
 
 def test_kl_divergence():
     """The mean of N(1, 1): 0.5 nats, and of N(0, e^2): (e^2 - 3) / 2."""
@@ -604,7 +607,7 @@ def test_music2latent(tmp_path, monkeypatch):
     assert near(codec.decode(z[1:, :, :1]), both[1:])
     weights.unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="does not load.*put.*music2latent/models/music2latent.pt"):
+    with pytest.raises(ValueError, match="does not load.*put.*music2latent/models"):
         m.Music2Latent()
 
 def curve_codec():
@@ -615,7 +618,7 @@ def curve_codec():
 def test_curves():
     """MIDI 72 at level 0.25: 0.25 and one octave; 72, a rest, 60, each of 2.5 frames."""
     two = torch.stack([0.25 * sine(hertz(72)), torch.zeros(8000)])
-    curves = m.measure_curves(two, curve_codec())[:, :, 20:60].mean(2)
+    curves = m.measure_curves(two, RATE, 100)[:, :, 20:60].mean(2)
     assert near(curves, [[0.25, 1], [0, -5]], 0.01)
     played = torch.tensor([[[0.8, 0.4, 0.2, 0.1], [0.0] * 4]])     # halves at each frame
     curves = m.melody_curves([72, None, 60], 2.5, played)
@@ -650,7 +653,7 @@ def test_encode_all(tmp_path):
     assert near(state["facts"]["mean"], mean)
     assert near(state["facts"]["std"], std)
     assert near(state["x"][:20], (latents[:20] - mean) / std, 1e-3)
-    curves = m.measure_curves(data.audio, codec)
+    curves = m.measure_curves(data.audio, RATE, 100)
     curves[:, 0] /= curves[:20, 0].max()                   # the loudest frame is 1
     assert near(state["cond"]["controls"], curves)
     assert sorted(state["a"].tolist() + state["b"].tolist()) == [20, 21, 22, 23]
@@ -812,8 +815,7 @@ def test_sample(run, tmp_path):
     assert page.count("<audio") == page.count("<img") == 4
     assert "r&amp;d" in page
     assert "r&d" not in page
-    assert ask(f"{base}/c --count 2 --seconds 0.5 --cfg 3 --rescale 0.7 --sampler dpmpp_3m_sde"
-               " --schedule karras --eta 0.5 --negative-pitch 50") == 0
+    assert ask(f"{base}/c --count 2 --seconds 0.5 --cfg 3 --sampler dpmpp_3m_sde") == 0
     assert len(wavs(tmp_path / "c")) == 4
     assert soundfile.info(tmp_path / "c" / "sample_3_pitch_60.wav").frames == 32 * 256
 
@@ -848,7 +850,6 @@ def test_resume(run, tmp_path, capsys):
     assert (copy / "codec.pt").read_bytes() == codec
 
 @pytest.mark.parametrize("line, word", [
-    ("sample --steps 1 --out TMP --cfg 1 --negative-pitch 72", "note: --negative-pitch"),
     ("sample --steps 1 --out TMP --pitch 20", "note: the training had pitches from 61 to 71"),
     ("sample --steps 1 --out TMP --seconds 3", "note: the model has learnt sounds of 0.3 s"),
     ("sample --run nowhere", "nowhere"), ("sample --run TMP", "model.pt"), ("dance", "dance"),
