@@ -1,9 +1,9 @@
 """minidiff: audio latent diffusion in one file that you can read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-such latents: ask for a pitch, and noise becomes a note that nobody has played. Nothing uses a name
-that stands below it. To copy a piece, take the imports and what its docstring lists after "Lifts
-out with".
+such latents: ask for a pitch, and noise becomes a note that nobody has played. Nothing uses a
+function or class that stands below it. To copy a piece, take the imports and what its docstring
+lists after "Lifts out with".
 
     python minidiff.py toy                                     the whole idea, in ten seconds
     python minidiff.py train                                   an instrument, in minutes
@@ -15,7 +15,7 @@ The alphabet
     x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
     t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
     w is the guidance scale: w = 1 is none, w = 0 ignores the condition.
-    A condition that is not given is -1 if it is a label, NaN if it is a curve.
+    Not given is -1 for a label (a number for a sound), NaN for a curve (a number for each frame).
     A pitch is a MIDI number: 60 is middle C, 69 is A at 440 Hz, 1 is a semitone.
 
 The chapters
@@ -114,22 +114,22 @@ def toy(steps=3000, seed=0):
 #
 #     E[(a - y)^2 | x_t]  =  (a - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write ^ for such a mean. As x_t is known, x_t = alpha
-# x_0^ + sigma noise^. The network may answer any mixture of the two: x_t gives the others. With '
-# for d/dt:
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. As x_t is known,
+# x_t = alpha x_0^ + sigma noise^: whatever mixture of the two the network answers, x_t gives the
+# others. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^       the mean of dx_t/dt at x_t
-#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t), as
-#                                                    p(x_t | x_0) is N(alpha x_0, sigma^2)
+#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t), which is the mean
+#                                                    of that of ln p(x_t | x_0), a normal density
 #
-# Each pair is a path. A density changes only by the net flow through each point, and the mean
-# velocity carries the same net flow as the paths. So points that follow it have, at every t, the
-# density of x_t ([1] theorem 3.3): noise at the largest t arrives at t = 0 distributed as the data.
+# Each pair is a path. How a density changes depends only on the mean velocity at each point: it is
+# the net flow. So points that all follow the mean have, at every t, the density of x_t ([1] theorem
+# 3.3). What starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise, so velocity = -v^ and x_0^ =
-# x_t + t v^. The others are rescaled: x_t / alpha is EDM's x_t at t = sigma / alpha. "Loss" is that
-# of a network that answers 0.
+# x_t + t v^. The two others are the same on another scale: x_t / alpha is EDM's x_t at the noise
+# level sigma / alpha. (c_skip, c_out: see EDM. Loss: of a network that answers 0.)
 #
 #                     alpha        sigma        target of the network        t goes from   loss
 #     RectifiedFlow   1 - t        t            x_0 - noise                  0 to 1        2
@@ -176,13 +176,11 @@ class Objective:
         return net(x_t, expand(t, x_t).flatten(), **cond)
     def times(self, steps, start=None):
         return linear_times(steps, start or self.t_max)
-
     def loss_at(self, net, x, noise, t, reduce=True, **cond):
         """Mean squared error at given noise and times: a scalar, or [B] if not reduce."""
         answer = self.answer(net, self.add_noise(x, noise, t), t, **cond)
         error = (answer - self.target(x, noise, t)).square().flatten(1).mean(1)
         return error.mean() if reduce else error
-
     def loss(self, net, x, generator=None, reduce=True, **cond):
         """The training loss: loss_at fresh noise and times."""
         t = self.sample_times(len(x), generator).to(x)
@@ -213,7 +211,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """v = dx_t/dangle ([16] appendix D); angle = pi/2 (t + s)/(1 + s), where s keeps sigma(0) > 0.
+    """v = dx_t/d(angle) ([16] appendix D); angle = pi/2 (t + s)/(1 + s); s keeps sigma(0) > 0.
     Lifts out with: Objective, expand, linear_times, standard_normal."""
     s: float = 0.008
 
@@ -229,7 +227,7 @@ class VPDiffusion(Objective):
     def denoise(self, net, x_t, t, **cond):
         angle = self.angle(expand(t, x_t))
         return angle.cos() * x_t - angle.sin() * self.answer(net, x_t, t, **cond)
-    def velocity(self, net, x_t, t, **cond):            # dx/dt = dangle/dt dx/dangle
+    def velocity(self, net, x_t, t, **cond):            # dx/dt = d(angle)/dt v
         return math.pi / 2 / (1 + self.s) * self.answer(net, x_t, t, **cond)
     def sample_times(self, n, generator=None):
         return torch.rand(n, generator=generator)
@@ -240,8 +238,8 @@ class VPDiffusion(Objective):
 @dataclass
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise); t is the noise level ([3] Table 1, eq. 7).
-    c_in and c_out give the network's input and target variance 1. c_out multiplies its error, so
-    c_skip minimises c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 ([3] appendix B.6).
+    c_in makes the input's variance 1, c_out the target's. The network's error enters x_0^ times
+    c_out, so c_skip minimises c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 ([3] B.6).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -293,11 +291,11 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
-# notes fit the condition better but are more alike, and answers deviate more (`rescale` undoes it
-# [5]).
+# notes fit the condition better but are more alike, and the answers get a larger deviation, which
+# `rescale` undoes [5]. (The mixture is made at each t: at t = 0 it is p_w only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --cfg 8`. It is still note 60, but
-# far too soft: guidance exaggerates the level too.
+# far too soft: the loudness is one of the latents, and guidance overdoes it too.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -331,21 +329,19 @@ class GuidedNet:
 # ----------------------------------------------------------------------
 # 3. Samplers: how do we get from noise to a note?
 # ----------------------------------------------------------------------
-# A sampler follows velocity(x, t) = dx/dt from noise down a list of times to 0: it solves an
+# A sampler follows velocity(x, t) = dx/dt from noise down a list of times to 0. It solves an
 # ordinary differential equation (ODE). Euler's rule asks the network once per step. Heun's asks
-# again where Euler's step lands, and averages. Half the step halves Euler's error and quarters
-# Heun's.
-#
-# The third solver fits a parabola to the denoiser's last three answers [6]. It can also add fresh
-# noise on the way. Noise of variance 2 q dt spreads a density, and a drift of q score dt undoes it:
-# every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13). eta = 0 is the ODE,
-# eta = 1 reverses the noising.
+# again where Euler's step lands, and averages. Twice the steps: 1/2 of Euler's error, 1/4 of
+# Heun's. The third solver fits a parabola to the last three x_0^ [6]. It can also add fresh noise.
+# Noise of variance 2 q dt spreads a density, and a push of q score dt (a drift) undoes it: every
+# x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13). q grows with eta: eta = 0
+# is the ODE, eta = 1 reverses the noising.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands on the mean of all notes, a hum without a pitch. Thirty lead to one note.
 
 def euler(velocity, x, times):
-    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]; the error has order h."""
+    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]; error of order h, a step."""
     for t, t_next in zip(times.tolist(), times[1:].tolist()):
         x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))
     return x
@@ -366,7 +362,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE for x_t = x_0 + sigma noise; the error has order h^3 ([6]).
     With lambda = -ln sigma, h > 0 its step, ' for d/dlambda, the ODE is x' = x_0^ - x, so
         x <- e^-h x + integral of e^-(h - s) (x_0^ + s x_0' + s^2/2 x_0'') ds from 0 to h.
-    With noise of variance 2 eta sigma^2 dlambda, its drift, and g = (1 + eta) h,
+    With noise of variance 2 eta sigma^2 dlambda, its drift eta (x_0^ - x), and g = (1 + eta) h,
         x <- sigma_next/sigma e^(-eta h) x + (1 - e^-g) x_0^ - h^2 phi_3 x_0'' + h phi_2 x_0'
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
@@ -378,7 +374,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
         if sigma_next == 0:
             return x_0
         past = [(-math.log(sigma), x_0)] + past[:2]
-        slope = bend = 0                                # x_0' and x_0''
+        slope = bend = 0                                # x_0' and x_0'': divided differences
         if len(past) > 1:
             (l0, new), (l1, old) = past[:2]
             slope = (new - old) / (l0 - l1)
@@ -432,7 +428,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     elif schedule is None:
         share = linear_times(steps, share.item())
         schedule = share / (1 - share)
-    times = objective.time_at(schedule).nan_to_num(start)  # NaN where alpha = 0
+    times = objective.time_at(schedule).nan_to_num(start)  # alpha = 0: inf / (1 + inf)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
@@ -463,7 +459,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     residuals  x + f(x), so that gradients pass unchanged
 #     norm       of each frame, so that features have size 1 at any noise
 #     attention  at coarse levels, from each frame to all others
-#     position   near t = 1 nothing in x_t tells the attack from the end
+#     position   near t = 1 nothing in x_t tells the start of a note from its end
 #
 # Try: `python minidiff.py train --net tutorial --run runs/tutorial`, and compare the last tables.
 
@@ -478,9 +474,8 @@ class TutorialUNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, widths[-1]))
         self.up = nn.ModuleList(nn.ConvTranspose1d(b, a, 4, 2, 1) for a, b in pairs[::-1])
         self.exit = nn.Conv1d(channels, channels, 1)
-
     def forward(self, x, t):
-        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]
+        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple of 2^depth
         for conv in self.down:
             skips.append(F.relu(conv(skips[-1])))
         y = F.relu(self.middle(skips.pop())) + self.time_mlp(t[:, None])[:, :, None]
@@ -508,7 +503,6 @@ class ResidualBlock(nn.Module):
         self.norm = FrameNorm(D_out)
         self.exit = nn.Conv1d(D_out, D_out, 3, 1, 1)
         self.skip = nn.Conv1d(D, D_out, 1) if D != D_out else nn.Identity()
-
     def forward(self, x, embedding):
         scale, shift = self.modulate(F.silu(embedding))[:, :, None].chunk(2, dim=1)
         f = self.norm(self.enter(x)) * (1 + scale) + shift
@@ -521,10 +515,9 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Sequential(FrameNorm(D), nn.Conv1d(D, 3 * D, 1))
         self.out = nn.Conv1d(D, D, 1)
-
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, L, D/heads]
+        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(3, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(1))  # [B, heads, L, D/heads]
         return x + self.out(mixed.transpose(2, 3).flatten(1, 2))
 
 class UNet1d(nn.Module):
@@ -560,12 +553,13 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # Ten inputs per curve. A cent, 1/1200 of an octave, turns the last wave by 2.4 degrees.
+        # Ten inputs per curve. Pitches are in octaves: a cent turns the last wave by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], dim=1).nan_to_num()
         x = F.pad(torch.cat([x, curves], dim=1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
-        skips = [self.enter(x) + self.position(time_embedding(frame / 1000, self.width)).T]
+        position = self.position(time_embedding(frame / 1000, self.width))  # which takes 1000 t
+        skips = [self.enter(x) + position.T]
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
@@ -583,17 +577,17 @@ class UNet1d(nn.Module):
 #     x(time)  =  sum over k of  sin(pi k p)/k e^(-(k-1) b) e^(-d_k time) cos(2 pi f_k time).
 #
 # A sound is most like itself one period later: there the autocorrelation peaks. Harmonics repeat
-# and noise does not, so the peak's height r is the harmonic share of the power, and harmonics to
-# noise are 10 log10(r / (1 - r)) dB (Boersma, IFA Proceedings 17, 1993).
+# and noise does not. So the peak's height r, of 1 at delay 0, is the harmonic share of the power:
+# harmonics to noise are as r to 1 - r (Boersma, IFA Proceedings 17, 1993).
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears.
 
 def resample(audio, from_rate, to_rate):
-    """Cut off or extend spectra: [..., T] -> [..., ceil(T to_rate / from_rate)]; rates in Hz."""
+    """Cut off or extend the spectrum: [..., T] -> [..., ceil(T to_rate / from_rate)]; in Hz."""
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)            # silence keeps end and start apart
+    seconds = math.ceil(1.1 * T / from_rate)            # in a circle: silence parts end and start
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].to(audio.dtype)
@@ -620,7 +614,7 @@ def save_audio(path, audio, sample_rate):
     return peak
 
 def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
-    """A plucked string with random p, b and d: [T]. velocity: 0 to 127; harder is louder."""
+    """A plucked string, random p, b, d: [T]. velocity, in MIDI: how hard it is struck, to 127."""
     point, bright, decay = torch.rand(3, generator=generator).double()
     force = velocity / 127
     f_0 = 440 * 2 ** ((pitch - 69) / 12)
@@ -631,7 +625,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
     d = (1 + 3 * decay) * (1 + 0.15 * (k - 1)) * math.sqrt(f_0 / 220)
     loud = (f <= 0.45 * sample_rate) * torch.sin(math.pi * k * p) / k * torch.exp(-(k - 1) * b)
     when = torch.arange(round(seconds * sample_rate)) / sample_rate
-    turns = (f * when.double()).frac().float()          # whole turns would cost precision
+    turns = (f * when.double()).frac().float()          # whole turns go: float32 is precise near 0
     audio = (loud.float() * torch.exp(-d.float() * when) * torch.cos(math.tau * turns)).sum(0)
     fade = (when / 0.003).clamp(max=1) * ((seconds - when) / 0.02).clamp(0, 1)
     return (0.1 + 0.8 * force) / audio.abs().max().clamp_min(1e-12) * fade * audio
@@ -641,10 +635,10 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """MIDI pitch in the middle of each hop, 0 if r <= 0.5, and r, 0 in silence: [B, T] -> 2 [B, L].
-    The window's autocorrelation is divided out: r = 1 at a period and its multiples. Noise lowers
-    all alike, so the first peak wins whose shortfall 1 - r is at most twice the best one's, plus
-    0.03 (in much noise: 0.8 of its height). finer: lags per sample. Lifts out with: envelope."""
+    """Two [B, L], for each hop of [B, T]: the MIDI pitch, 0 if r <= 0.5, and r, 0 in silence.
+    The window's autocorrelation is divided out, so that multiples of the period peak as high as the
+    period. Take the first peak that is nearly the best: r at least 0.8 of its r, and 1 - r at
+    most twice its 1 - r, plus 0.03. finer: lags per sample. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)    # of pitch 100, in lags
     width = 4 * longest
@@ -653,7 +647,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     x = x.unfold(1, width, hop)[:, :loud.shape[1]]      # [B, L, width]
     window = torch.hann_window(width, device=audio.device)
     def correlate(x):
-        # The power spectrum is that of the autocorrelation. Zeros behind it interpolate.
+        # The inverse transform of the power spectrum; zeros behind the spectrum interpolate.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         r = torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
         return r / r[..., :1].clamp_min(1e-12)
@@ -674,7 +668,7 @@ def pitch_track(audio, sample_rate, hop, low=34.0):
     return periodicity(audio, sample_rate, hop, low)[0]
 
 def note_pitch(track):
-    """The voiced median of a note, NaN if unvoiced: [B, L] -> [B]."""
+    """The median pitch of the frames that have one (are voiced), else NaN: [B, L] -> [B]."""
     return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
 
 # ----------------------------------------------------------------------
@@ -685,24 +679,23 @@ def note_pitch(track):
 # *variational* one [12] gives each latent value a mean and a variance, decodes a draw, z = mean +
 # e^(log_variance / 2) noise, and adds to the loss, with a small weight,
 #
-#     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2.
+#     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# So neighbouring latents overlap: what a diffusion model can hit, the decoder can play.
+# the divergence of two distributions, 0 only where they are the same. So neighbouring latents
+# overlap: what a diffusion model can hit, the decoder can play.
 #
 # Notes differ in level by a factor of a hundred, and each dies away. So a sound is divided by its
-# own smooth level, which travels as channel 17. The network works on attacks and ends, on loud and
-# soft notes, at one level.
+# own smooth level, which travels as channel 17: the codec's network hears it all equally loud.
 #
 # Try: `python minidiff.py sample --run runs/plucks --init-audio runs/plucks/samples/real_1.wav
 # --init-noise 0`. You hear the codec's round trip.
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, with one learned a > 0 per channel ([10] eq. 3): [B, D, T] -> same.
-    Its slope is periodic, so a network can continue a tone."""
+    It waves for ever, where a ReLU goes straight: a network of snakes can continue a tone."""
     def __init__(self, channels):
         super().__init__()
         self.log_a = nn.Parameter(torch.zeros(channels, 1))
-
     def forward(self, x):
         a = self.log_a.exp()
         return x + torch.sin(a * x).square() / a
@@ -712,7 +705,6 @@ class ResidualUnit(nn.Sequential):
     def __init__(self, width, dilation):
         wide = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
         super().__init__(Snake(width), wide, Snake(width), nn.Conv1d(width, width, 1))
-
     def forward(self, x):
         return x + super().forward(x)
 
@@ -723,8 +715,8 @@ class Recurrent(nn.LSTM):
 
 class SnakeVAE(nn.Module):
     """A codec: audio [B, T] <-> latents [B, C, L], hop = product of strides, L = ceil(T / hop).
-    The last channel is ln(level). Kernels of twice the stride give all samples equally many inputs;
-    otherwise they buzz. After [11] section 3.1. Lifts out with: Recurrent, ResidualUnit, Snake."""
+    The last channel is ln(level). Kernels of twice the stride give all samples equally many inputs:
+    other sizes buzz. After [11] section 3.1. Lifts out with: Recurrent, ResidualUnit, Snake."""
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
         super().__init__()
         self.sample_rate = sample_rate
@@ -742,41 +734,30 @@ class SnakeVAE(nn.Module):
         decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, padding=1))
         self.decoder = nn.Sequential(nn.Conv1d(channels, b, 3, padding=1), *decoder)
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-                # Each keeps its input's variance; residual units start close to the identity.
-                taps = 2 if isinstance(layer, nn.ConvTranspose1d) else layer.kernel_size[0]
-                std = 1e-3 if taps == 1 else (taps * layer.in_channels) ** -0.5
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
         # Little noise at first: a decoder that hears only noise learns to ignore the latents.
         nn.init.normal_(self.encoder[-1].weight[channels:], std=1e-3)
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
-
     def posterior(self, audio):
         """Levelled audio [B, T] -> mean, log_variance, [B, C - 1, L] each."""
         audio = F.pad(audio, (0, -audio.shape[1] % self.hop))
         mean, log_variance = self.encoder(audio[:, None]).chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 20)        # e^20 is finite and noise enough
-
+        return mean, log_variance.clamp(-20, 20)        # keeps e^log_variance finite
     def stretch(self, curve):
-        """A curve [B, L] as [B, L * hop], on straight lines."""
+        """A curve [B, L] as [B, L * hop], by linear interpolation."""
         return F.interpolate(curve[:, None], scale_factor=self.hop, mode="linear")[:, 0]
-
     def levelled(self, audio):
-        """Audio [B, T] with RMS 1 everywhere, and its level [B, L]: the RMS of 15 hops. A level 30
-        dB below the sound's highest stays below 1, so silence does not become noise."""
+        """Audio [B, T] over its level [B, L], the RMS of 15 hops, but at least 0.03 of the highest:
+        the ends of notes are raised by up to 30 dB, and silence stays silence."""
         power = F.avg_pool1d(audio.square(), self.hop, ceil_mode=True)
         level = F.avg_pool1d(power, 15, 1, 7, count_include_pad=False).sqrt()
         level = level.maximum(0.03 * level.amax(1, keepdim=True)).clamp_min(1e-5)
         return audio / self.stretch(level)[:, :audio.shape[1]], level
-
     def encode(self, audio):
         audio, level = self.levelled(audio)
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], dim=1)
-
     def decode(self, latents):
         audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # [B, L * hop]
+        # Errors of a diffusion model change from frame to frame; the mean of 5 has less of them.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
@@ -788,7 +769,7 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 # ----------------------------------------------------------------------
 # Shift a tone by half a period: it sounds the same, but the squared error is at its largest. The
-# magnitudes of a spectrogram forget the phase. What they leave open, the decoder plays as a dull
+# magnitudes of a spectrogram forget the phase. Where they leave a choice, the decoder plays a dull
 # average. A discriminator learns to hear that, and the decoder to deceive it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
@@ -799,7 +780,7 @@ def kl_divergence(mean, log_variance):
 # Try: `python minidiff.py train --run runs/judge --adversarial-from 1000`, and see its log.csv.
 
 def stft(audio, size):
-    """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a sine of amplitude 1 has 1."""
+    """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
     window = torch.hann_window(size, device=audio.device)
     return torch.stft(audio.float(), size, size // 4, window=window, pad_mode="constant",
                       return_complex=True) * 4 / size
@@ -811,7 +792,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     for size in sizes:
         S_e = stft(estimate, size).abs().flatten(1)
         S_t = stft(target, size).abs().flatten(1)
-        silent = 10 * floor * math.sqrt(S_t.shape[1])
+        silent = 10 * floor * math.sqrt(S_t.shape[1])   # norm, if all magnitudes are 10 floor
         total = total + (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
         total = total + ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -823,10 +804,9 @@ class STFTDiscriminator(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
         self.exit = nn.Conv2d(widths[-1], 1, 3, padding=1)
-
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
-        # The root of the magnitude: a string's partials differ by a factor of a thousand.
+        # Keep the phase, take the root of the magnitude: partials differ by a factor of 1000.
         maps = [x * (x.square().sum(1, keepdim=True) + 1e-7) ** -0.25]
         for layer in self.layers:
             maps.append(F.leaky_relu(layer(maps[-1]), negative_slope=0.1))
@@ -837,7 +817,7 @@ def hinge_discriminator_loss(real, fake):
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 def hinge_generator_loss(fake):
-    """-mean fake. [11] cuts it off at 1; this goes on pulling."""
+    """-mean fake; [11] has mean relu(1 - fake), which stops at 1."""
     return -fake.mean()
 
 def feature_matching_loss(real, fake):
@@ -851,14 +831,13 @@ class LossBalancer(nn.Module):
         balancer = LossBalancer({"l1": 1, "stft": 2})
         balancer.backward({"l1": l1, "stft": stft}, output, free={"kl": 0.01 * kl})
 
-    |g_i| is the norm per item, mean over the batch. `free` losses do not depend on the output.
-    ValueError for a loss without a weight."""
+    |g_i| is the norm per item, mean over the batch. `free` losses do not depend on the output."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # of |g_i|, of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running sums: of |g_i|, of 1
 
     def backward(self, losses, output, free=None):
         if not losses.keys() <= self.weights.keys():
@@ -871,7 +850,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]              # unbiased
+            mean = running[0] / running[1]              # corrected for starting at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced = balanced + factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -882,12 +861,13 @@ class LossBalancer(nn.Module):
 # 8. Data: where do the notes come from?
 # ----------------------------------------------------------------------
 # data[i] is a sound [T], from a formula or a recording. data.labels [N, 3] are pitch, velocity and
-# source; data.valid [N] marks what is held out. Each sound goes through the codec once:
+# source (the kind of instrument); data.valid [N] marks what is held out. Each sound goes through
+# the codec once:
 #
 #     data[i] [T]  -- encode -->  latents [C, L]  -- (latents - mean) / std -->  x_0 [C, L]
 #
-# Without the last step, noise of variance 1 would drown a channel of deviation 0.01. Sounds without
-# labels have loudness and pitch in each frame. A network trained with these curves plays melodies.
+# Without the last step, noise of variance 1 would drown a channel of deviation 0.01. Where there
+# are no labels, the condition may be two curves, the loudness and pitch of each frame: melodies.
 #
 # Try: `python minidiff.py train --data melodies`, and then
 # `python minidiff.py sample --run runs/melodies --melody 60 62 64 r 67 --beat 0.4`.
@@ -906,7 +886,6 @@ class Plucks(Dataset):
         self.labels = torch.stack([pitch, velocity, 0 * pitch], dim=1)
         tones = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
         self.audio = torch.stack([self.play(i, tone) for i, tone in enumerate(tones)])  # [N, T]
-
     def play(self, i, tone):
         return pluck(*self.labels[i, :2].tolist(), self.seconds, self.sample_rate, tone)
     def __len__(self):
@@ -950,7 +929,7 @@ class AudioFolder(Dataset):
             name = path.relative_to(root).as_posix()
             sound = path.suffix[1:].upper() in self.endings or path.is_symlink()
             if not sound or "/." in f"/{name}" or runs.intersection(path.parents):
-                continue
+                continue                                # hidden, or what a run made
             try:
                 info = soundfile.info(path)             # raises for a linked folder
                 finite = [np.isfinite(block).all() for block in soundfile.blocks(path, 2 ** 20)]
@@ -967,7 +946,7 @@ class AudioFolder(Dataset):
         self.seconds = seconds or min(4.0, max(info.duration for info in files.values()))
         held = {path for path in files if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(files)):
-            limit = max(12, min(hashes.values()))       # of 255; of few files, the lowest
+            limit = max(12, min(hashes.values()))       # 13 hashes of 256; else the lowest
             held = {path for path in files if hashes[path] <= limit}
         self.pieces = []                                # (path, start in s)
         for path, info in files.items():
@@ -980,7 +959,6 @@ class AudioFolder(Dataset):
         self.labels = torch.tensor([
             [int(name[2]), int(name[3]), self.sources.index(name[1])] if name else [-1, -1, -1]
             for name in names])
-
     def __len__(self):
         return len(self.pieces)
     def __getitem__(self, i):
@@ -1001,7 +979,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
             torch.hub.download_url_to_file(url, f"{target}.zip", hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{url}: {error}") from None
-        zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")  # never beside it
+        zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")  # no file leaves it
         os.replace(f"{target}.new", target)             # all of it, or nothing
     return target
 
@@ -1020,12 +998,10 @@ class Music2Latent:
             folder = f"{music2latent.__path__[0]}/models"
             raise ValueError("Music2Latent does not load: put music2latent.pt of huggingface.co/"
                              f"SonyCSLParis/music2latent in {folder}") from error
-
     def encode(self, audio):
         audio = F.pad(audio, (0, max(0, self.hop + 1536 - audio.shape[1])))
         latents = self.model.encode(audio.to(self.device), max_batch_size=16)
         return latents.float().to(audio.device)
-
     def decode(self, latents):
         audio = []
         with torch.random.fork_rng():
@@ -1040,7 +1016,7 @@ def measure_curves(audio, sample_rate, hop):
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], dim=1)
 
 def melody_curves(melody, frames_per_note, played):
-    """Curves [2, L] of pitches and None (a rest), as loud and short as those `played` [N, 2, L]."""
+    """Curves [2, L] of pitches and None (a rest), with loudness and decay of `played` [N, 2, L]."""
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -4.9
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
@@ -1067,9 +1043,8 @@ def load_checkpoint(path):
 
 @torch.no_grad()
 def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
-    """Encode a data set; writes to `path` and returns x [N, C, L], standardised; cond, for the net;
-    facts; labels; valid; a and b, indices of two halves of the held-out sounds; real, the sounds b.
-    """
+    """Encode data into the file `path`; returns x [N, C, L], standardised; cond, for the net;
+    facts; labels; valid; a and b, two halves of what is held out, by index; real, the sounds b."""
     sounds = torch.utils.data.DataLoader(data, batch)
     parts = []
     for audio in sounds:
@@ -1079,7 +1054,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     z = torch.cat(parts)                                # [N, C, L]
     train = ~data.valid
     mean = z[train].mean((0, 2))[:, None]
-    std = z[train].std((0, 2))[:, None].clamp_min(0.01)  # unused channels stay small
+    std = z[train].std((0, 2))[:, None].clamp_min(0.01)  # a constant channel stays small
     cond = {"labels": data.labels} if condition == "note" else {}
     if condition == "control":
         curves = [measure_curves(audio, codec.sample_rate, codec.hop) for audio in sounds]
@@ -1107,7 +1082,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 3000`, which goes on where the run was.
 
-# sigma/alpha is e^N(0.5, 1.3^2), not [2]'s e^N(0, 1): notes show through more noise than images.
+# rf and edm train at sigma/alpha = e^N(0.5, 1.3^2), noisier than [2]'s e^N(0, 1): where noise hides
+# an image, a note can still be heard.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1165,7 +1141,7 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
 def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average. `blur` is
-    noise on the latents, in deviations: those of a diffusion model are a little wrong, too."""
+    noise on the latents, in deviations: the decoder shall bear those of a diffusion model."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1200,8 +1176,8 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
                judge=judge, judge_optimiser=judge_optimiser, balancer=balancer)
 
 def drop_conditions(cond, generator, p=0.1):
-    """Withhold each of n labels [B, n] or controls [B, n, L] with probability p, and all of an
-    item's with p once more, so that every subset is learnt ([4] Algorithm 1)."""
+    """Withhold each of n labels [B, n] or controls [B, n, L] with probability p, and with
+    probability p all of an item's, so that every subset is learnt ([4] Algorithm 1)."""
     kept = {}
     for name, value in cond.items():
         drop = torch.rand(len(value), value.shape[1] + 1, generator=generator) < p
@@ -1237,8 +1213,9 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # `evaluate` asks three questions, and puts the figures of real notes beside each answer.
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-#     Like the data?  Level, harmonics to noise, Frechet distance to one half of the held-out notes.
-#                     In the row of the codec is the distance of the other half, the floor.
+#     Like the data?  Level, harmonics to noise, and the Frechet distance (of two clouds of points)
+#                     to half of the held-out notes. The codec's row has that of the other half:
+#                     the floor.
 #     New?            Distance to the nearest training latents, over that of held-out notes: far
 #                     below 1 is a copy.
 #
@@ -1251,14 +1228,14 @@ def frechet_distance(a, b):
         raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))  # [D, D]
-    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()
+    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
     return (means + c1.trace() + c2.trace() - 2 * roots.sum()).clamp_min(0).item()
 
 def build_net(settings):
     channels = settings["channels"]
     if settings["net"] == "tutorial":
         return TutorialUNet(channels)
-    if settings["condition"] == "control":              # curves say where in a sound we are
+    if settings["condition"] == "control":              # no window: curves tell positions
         return UNet1d(channels, 96, (1, 1, 2), controls=2)
     sizes = (128, 128, len(settings["sources"])) if settings["condition"] == "note" else ()
     return UNet1d(channels, 96, (1, 1, 2), label_sizes=sizes, window=settings["frames"])
@@ -1275,12 +1252,10 @@ class Run:
             self.codec = Music2Latent(self.settings["seed"], device)
         else:
             self.codec = self.average("codec.pt", SnakeVAE(self.settings["sample_rate"]))
-
     def average(self, name, net):
         average = AveragedModel(net)
         average.load_state_dict(load_checkpoint(self.folder / name)["average"])
         return average.module.to(self.device).eval()
-
     def decode(self, x):
         """x_0 [B, C, L] -> audio [B, T] on the CPU."""
         latents = x.cpu() * self.settings["std"] + self.settings["mean"]
@@ -1316,10 +1291,11 @@ def describe(audio, codec, cond, real=None):
 
 @torch.no_grad()
 def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
-    """Measure sounds of each kind: real, their copies by the codec, generated at each scale.
-    Returns what evaluation.json holds, and the first sounds, {name: audio [T]}."""
+    """Measure sounds of each kind: real, their copies by the codec, generated at each scale. The
+    Frechet distance is that of each channel's mean and deviation over a sound. Returns what
+    evaluation.json holds, and the first sounds, {name: audio [T]}."""
     data = load_checkpoint(run.folder / "latents.pt")
-    a, b = (data["x"][data[half]] for half in "ab")     # [N, C, L]
+    a, b = (data["x"][data[half]] for half in ("a", "b"))     # [N, C, L]
     train = data["x"][~data["valid"]][:5000].flatten(1)
     cond = {name: value[data["b"]] for name, value in data["cond"].items()}
     given = {name: value.to(run.device) for name, value in cond.items()}
@@ -1389,8 +1365,7 @@ def write_sounds(folder, sounds, rate):
 # A run's checkpoints hold its settings. So `sample` and `evaluate` need only the folder.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then
-# `--cfg 1 --out w1` and `--cfg 8 --out w8`. All three start from the same noise. What of a sound
-# does the noise decide, and what the pitch?
+# `--cfg 1 --out w1` and `--cfg 8 --out w8`. All three start from the same noise.
 
 BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
 
@@ -1433,7 +1408,7 @@ def build_parser():
     add("--net", choices=["unet", "tutorial"], help="(default unet)")
     add("--objective", choices=OBJECTIVES, help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: what the data have)")
-    add("--codec-steps", type=count, help="(default 3400)")
+    add("--codec-steps", type=count, help="(default 4400)")
     add("--steps", type=count, help="of the model (default 1800)")
     add("--lr", type=between(0, 1), help="(default 0.0025)")
     add("--adversarial-from", type=count, help="codec step at which the judge joins")
@@ -1482,7 +1457,7 @@ def train_run(args):
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     default = {"data": data, "codec": "vae" if data in BUILT_IN else "music2latent", "seed": 0,
-               "net": "unet", "objective": "rf", "codec_steps": 3400, "steps": 1800, "lr": 2.5e-3}
+               "net": "unet", "objective": "rf", "codec_steps": 4400, "steps": 1800, "lr": 2.5e-3}
     saved = load_checkpoint(made[0])["settings"] if made else {}
     given = {name: value for name, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**vars(args) | default | saved | given)
