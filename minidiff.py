@@ -1,9 +1,8 @@
 """minidiff: audio latent diffusion in one file that you can read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-such latents: ask for a pitch, and noise becomes a note that nobody has played. Nothing uses a
-function or class that stands below it. To copy a piece, take the imports and what its docstring
-lists after "Lifts out with".
+such latents: ask for a pitch, and noise becomes a note that nobody has played. To copy a piece of
+chapters 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
     python minidiff.py toy                                     the whole idea, in ten seconds
     python minidiff.py train                                   an instrument, in minutes
@@ -51,17 +50,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset
 
 # ----------------------------------------------------------------------
 # 0. The whole idea on one page
-# ----------------------------------------------------------------------
-# We have examples x_0 and want more of the kind. Mix one with noise, x_t = (1 - t) x_0 + t noise.
-# A network sees x_t and t and predicts the direction from noise to example, x_0 - noise. Many such
-# lines cross at one point; it learns their mean. To make a new example, start at fresh noise and
-# follow the network in small steps from t = 1 to t = 0. That is all of rectified flow [1].
 #
-# Try: `python minidiff.py toy`. Then set steps = 200 and run it again: the moons blur.
+# We have examples x_0 and want more of the kind. Mix one with noise, x_t = (1 - t) x_0 + t noise,
+# and let a network predict, from x_t and t, the direction from noise to example: x_0 - noise. Each
+# pair makes a line. Many lines pass through one point: there it learns their mean direction. For a
+# new example, start at fresh noise and follow the network in small steps from t = 1 to t = 0. That
+# is all of rectified flow [1].
+#
+# Try: `python minidiff.py toy`. Then put 200 training steps for 3000: the moons blur.
 
 def toy(steps=3000, seed=0):
     """Learn two half moons and draw them: shares of samples and data within 0.1 of a moon."""
@@ -72,7 +71,6 @@ def toy(steps=3000, seed=0):
         upper = torch.stack([angle.cos(), angle.sin()], dim=1)  # [n, 2]
         lower = torch.tensor([1.0, 0.5]) - upper
         return torch.where(torch.rand(n, 1) < 0.5, upper, lower) + blur * torch.randn(n, 2)
-
     net = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                         nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                         nn.Linear(64, 2))
@@ -96,8 +94,7 @@ def toy(steps=3000, seed=0):
     samples = x / 2
     data = moons(2000)
     curve = moons(2000, blur=0)
-    shares = [(torch.cdist(points, curve).amin(1) < 0.1).float().mean().item()
-              for points in (samples, data)]
+    shares = [(torch.cdist(x, curve).amin(1) < 0.1).float().mean().item() for x in (samples, data)]
     beside = torch.cat([samples[:600], data[:600] + torch.tensor([4.0, 0.0])])
     counts, _ = torch.histogramdd(beside, [76, 14], range=[-1.5, 6.5, -1.0, 1.5])
     for row in counts.clamp(max=4).int().T.flip(0):
@@ -107,7 +104,7 @@ def toy(steps=3000, seed=0):
 
 # ----------------------------------------------------------------------
 # 1. Noising and objectives: what does the network learn?
-# ----------------------------------------------------------------------
+#
 # Mix a clean latent with noise, x_t = alpha(t) x_0 + sigma(t) noise. A network sees x_t and t and
 # is asked for some y that is made of x_0 and noise. It cannot know y: many pairs of x_0 and noise
 # give the same x_t. Over those pairs, the mean squared error of an answer a is
@@ -199,7 +196,7 @@ class RectifiedFlow(Objective):
     def sigma(self, t):
         return t
     def target(self, x, noise, t):
-        return x - noise
+        return x - noise                                # many codes learn noise - x_0
     def denoise(self, net, x_t, t, **cond):
         return x_t + expand(t, x_t) * self.answer(net, x_t, t, **cond)
     def velocity(self, net, x_t, t, **cond):
@@ -239,7 +236,8 @@ class VPDiffusion(Objective):
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise); t is the noise level ([3] Table 1, eq. 7).
     c_in makes the input's variance 1, c_out the target's. The network's error enters x_0^ times
-    c_out, so c_skip minimises c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 ([3] B.6).
+    c_out: the loss is [3]'s, of weight 1/c_out^2 (eq. 8), and c_skip is such that c_out^2 =
+    (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 is smallest ([3] B.6).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -281,7 +279,7 @@ class EDM(Objective):
 
 # ----------------------------------------------------------------------
 # 2. Guidance: how do we ask for a note?
-# ----------------------------------------------------------------------
+#
 # A condition, such as "pitch 60", is one more argument of the network. In training it is withheld
 # now and then, so one network learns both p(x | condition) and p(x). By Bayes their ratio is
 # proportional to p(condition | x). To get more of the condition, raise this to a power w:
@@ -328,7 +326,7 @@ class GuidedNet:
 
 # ----------------------------------------------------------------------
 # 3. Samplers: how do we get from noise to a note?
-# ----------------------------------------------------------------------
+#
 # A sampler follows velocity(x, t) = dx/dt from noise down a list of times to 0. It solves an
 # ordinary differential equation (ODE). Euler's rule asks the network once per step. Heun's asks
 # again where Euler's step lands, and averages. Twice the steps: 1/2 of Euler's error, 1/4 of
@@ -406,16 +404,16 @@ def optimise_noise(sample, noise, loss, steps, lr):
 def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=None, eta=1.0,
              init=None, init_noise=None, keep=None, noise=None, device="cpu", **cond):
     """Draw latents of `shape` [B, C, L]; item i, from noise of seed + i, is the same in any batch.
-    schedule: noise levels sigma/alpha down to 0, instead of `steps` even in sigma/(alpha + sigma).
+    net: plain, or a GuidedNet.  schedule: noise levels sigma/alpha down to 0, such as
+    karras_times(18, 0.002, 80), instead of `steps` that are even in sigma/(alpha + sigma).
     init [B, C, L]: starts from it, noised to time init_noise, by default where sigma = alpha.
     keep [L], bool: frames of init that stay.  noise: starts from it, with gradients.
     ValueError: unknown sampler, wrong init_noise.  Lifts out with: dpmpp_3m_sde, euler, expand,
     heun, linear_times, polyexponential_times, standard_normal."""
     if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
         raise ValueError(f"sampler must be euler, heun or dpmpp_3m_sde, got {sampler!r}")
-    start = objective.t_max
-    if init is not None:
-        start = float(objective.time_at(1.0) if init_noise is None else init_noise)
+    start = objective.time_at(1.0) if init_noise is None else init_noise
+    start = objective.t_max if init is None else float(start)
     if not 0 <= start <= objective.t_max:
         raise ValueError(f"init_noise must be from 0 to {objective.t_max:g}, got {start:g}")
     if start == 0:
@@ -451,7 +449,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 
 # ----------------------------------------------------------------------
 # 4. The U-Net: which network can learn this?
-# ----------------------------------------------------------------------
+#
 # Fine noise is judged by looking close, a pitch by looking at the whole note. So the network halves
 # L several times and doubles it back; skip connections carry the detail. `UNet1d`, after [8], adds:
 #
@@ -531,9 +529,9 @@ class UNet1d(nn.Module):
         self.controls = controls
         self.window = window
         widths = [width] + [width * m for m in multipliers]
-        D = 2 * width
-        self.time_mlp = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
-        self.tables = nn.ModuleList(nn.Embedding(size + 1, D) for size in label_sizes)
+        E = 2 * width                                   # size of the embedding
+        self.time_mlp = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E))
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, E) for size in label_sizes)
         self.enter = nn.Conv1d(channels + 10 * controls, width, 3, 1, 1)
         self.position = nn.Linear(width, width)
         self.down = nn.ModuleList()
@@ -542,9 +540,9 @@ class UNet1d(nn.Module):
             # No attention at the finest level, where it costs most. Identity ignores `heads`.
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
             attend = SelfAttention if i > 0 else nn.Identity
-            self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, D), attend(b, heads)]))
-            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, D), attend(a, heads)]))
-        self.middle = ResidualBlock(b, b, D)
+            self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, E), attend(b, heads)]))
+            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, E), attend(a, heads)]))
+        self.middle = ResidualBlock(widths[-1], widths[-1], E)
         self.exit = nn.Sequential(FrameNorm(width), nn.SiLU(), nn.Conv1d(width, channels, 3, 1, 1))
 
     def forward(self, x, t, labels=-1, controls=math.nan):
@@ -558,8 +556,8 @@ class UNet1d(nn.Module):
         curves = torch.cat([controls, ~controls.isnan(), *waves], dim=1).nan_to_num()
         x = F.pad(torch.cat([x, curves], dim=1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
-        position = self.position(time_embedding(frame / 1000, self.width))  # which takes 1000 t
-        skips = [self.enter(x) + position.T]
+        position = time_embedding(frame / 1000, self.width)  # made for t: it takes 1000 t
+        skips = [self.enter(x) + self.position(position).T]
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
@@ -570,7 +568,7 @@ class UNet1d(nn.Module):
 
 # ----------------------------------------------------------------------
 # 5. Sound: what is a note, and how do we hear that it is in tune?
-# ----------------------------------------------------------------------
+#
 # A plucked string is a sum of harmonics; the k-th has the frequency f_k, about k f_0. The place p
 # of plucking and the dullness b of the pick set its loudness. It dies away at the rate d_k:
 #
@@ -673,7 +671,7 @@ def note_pitch(track):
 
 # ----------------------------------------------------------------------
 # 6. The Snake VAE: how does a second of sound become 63 vectors?
-# ----------------------------------------------------------------------
+#
 # 16,000 numbers a second are too many to diffuse, so a codec squeezes 256 samples into one frame of
 # 16 channels. A plain auto-encoder leaves holes between its latents that decode to rubbish. A
 # *variational* one [12] gives each latent value a mean and a variance, decodes a draw, z = mean +
@@ -767,7 +765,7 @@ def kl_divergence(mean, log_variance):
 
 # ----------------------------------------------------------------------
 # 7. What the VAE is trained on: when are two sounds the same?
-# ----------------------------------------------------------------------
+#
 # Shift a tone by half a period: it sounds the same, but the squared error is at its largest. The
 # magnitudes of a spectrogram forget the phase. Where they leave a choice, the decoder plays a dull
 # average. A discriminator learns to hear that, and the decoder to deceive it.
@@ -790,8 +788,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
-        S_e = stft(estimate, size).abs().flatten(1)
-        S_t = stft(target, size).abs().flatten(1)
+        S_e, S_t = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
         silent = 10 * floor * math.sqrt(S_t.shape[1])   # norm, if all magnitudes are 10 floor
         total = total + (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
         total = total + ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
@@ -830,7 +827,6 @@ class LossBalancer(nn.Module):
 
         balancer = LossBalancer({"l1": 1, "stft": 2})
         balancer.backward({"l1": l1, "stft": stft}, output, free={"kl": 0.01 * kl})
-
     |g_i| is the norm per item, mean over the batch. `free` losses do not depend on the output."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
@@ -859,10 +855,9 @@ class LossBalancer(nn.Module):
 
 # ----------------------------------------------------------------------
 # 8. Data: where do the notes come from?
-# ----------------------------------------------------------------------
+#
 # data[i] is a sound [T], from a formula or a recording. data.labels [N, 3] are pitch, velocity and
-# source (the kind of instrument); data.valid [N] marks what is held out. Each sound goes through
-# the codec once:
+# source (kind of instrument); data.valid [N] marks what is held out. Each sound is encoded once:
 #
 #     data[i] [T]  -- encode -->  latents [C, L]  -- (latents - mean) / std -->  x_0 [C, L]
 #
@@ -872,7 +867,7 @@ class LossBalancer(nn.Module):
 # Try: `python minidiff.py train --data melodies`, and then
 # `python minidiff.py sample --run runs/melodies --melody 60 62 64 r 67 --beat 0.4`.
 
-class Plucks(Dataset):
+class Plucks(torch.utils.data.Dataset):
     """Plucked strings: note i has MIDI pitch 40 + i mod 37. Lifts out with: pluck."""
     sources = ["pluck"]
 
@@ -913,12 +908,11 @@ class Melodies(Plucks):
         first = int(random.random() * self.sample_rate)  # the phrase may begin within a note
         return torch.cat(notes)[first:first + round(self.seconds * self.sample_rate)]
 
-class AudioFolder(Dataset):
+class AudioFolder(torch.utils.data.Dataset):
     """Recordings below a folder, cut into half-overlapping sounds. Names as in NSynth [13], such as
     guitar_acoustic_004-071-025.wav, give labels. Held out are folders that end in -valid, or else a
     twentieth of the files. Lifts out with: load_audio, resample."""
-    endings = {*soundfile.available_formats(), "AAC", "AIF", "AIFC", "M4A", "MP2", "OGA",
-               "OPUS", "WMA"} - {"RAW"}
+    endings = {*soundfile.available_formats(), "AAC", "AIF", "M4A", "OGA", "OPUS", "WMA"} - {"RAW"}
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
@@ -948,17 +942,14 @@ class AudioFolder(Dataset):
         if len(held) in (0, len(files)):
             limit = max(12, min(hashes.values()))       # 13 hashes of 256; else the lowest
             held = {path for path in files if hashes[path] <= limit}
-        self.pieces = []                                # (path, start in s)
-        for path, info in files.items():
-            last = max(0.0, info.duration - self.seconds)
-            for k in range(1 + math.ceil(2 * last / self.seconds)):
-                self.pieces.append((path, min(k * self.seconds / 2, last)))
+        lasts = {path: max(0.0, info.duration - self.seconds) for path, info in files.items()}
+        self.pieces = [(path, min(k * self.seconds / 2, last)) for path, last in lasts.items()
+                       for k in range(1 + math.ceil(2 * last / self.seconds))]  # start in s
         self.valid = torch.tensor([path in held for path, _ in self.pieces])
         names = [self.label.fullmatch(path.stem) for path, _ in self.pieces]
         self.sources = sorted({name[1] for name in names if name})
-        self.labels = torch.tensor([
-            [int(name[2]), int(name[3]), self.sources.index(name[1])] if name else [-1, -1, -1]
-            for name in names])
+        self.labels = torch.tensor([[int(name[2]), int(name[3]), self.sources.index(name[1])]
+                                    if name else [-1, -1, -1] for name in names])
     def __len__(self):
         return len(self.pieces)
     def __getitem__(self, i):
@@ -1074,7 +1065,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 
 # ----------------------------------------------------------------------
 # 9. Training: how do we get good weights?
-# ----------------------------------------------------------------------
+#
 # A batch gives a noisy gradient, so the weights rattle about the best ones. They settle as the
 # learning rate falls to 0. Their moving average (EMA) is settled at any step. A checkpoint holds
 # all that the next step depends on, so a resumed training ends with the same bits. With torchrun,
@@ -1082,8 +1073,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 3000`, which goes on where the run was.
 
-# rf and edm train at sigma/alpha = e^N(0.5, 1.3^2), noisier than [2]'s e^N(0, 1): where noise hides
-# an image, a note can still be heard.
+# rf and edm train at sigma/alpha = e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes bear more noise.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1104,17 +1094,16 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas, weight_decay=0.0, fused=True)
     average = AveragedModel(net, avg_fn=warm_average)
     parts |= {"net": net, "optimiser": optimiser, "average": average}
-    first = 0
+    state = {"step": 0}
     if path.exists():
         state = load_checkpoint(path)
-        first = state["step"]
         generator.set_state(state["generator"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    if first >= steps:
-        print(f"{path} has {first:,} steps: nothing to train", file=sys.stderr)
+    if state["step"] >= steps:
+        print(f"{path} has {state['step']:,} steps: nothing to train", file=sys.stderr)
     rows = []
-    for done in range(first + 1, steps + 1):
+    for done in range(state["step"] + 1, steps + 1):
         optimiser.param_groups[0]["lr"] = learning_rate(done - 1, steps, lr)
         optimiser.zero_grad()
         seen = learn(done - 1)
@@ -1193,12 +1182,13 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
     generator = torch.Generator().manual_seed(seed + RANK)
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     bf16 = x.is_cuda and torch.cuda.is_bf16_supported()
-    def loss_of(net, among, n, p=0.0):
+    def loss_of(answer, among, n, p=0.0):
         among = among.nonzero()[:, 0]
         chosen = among[torch.randint(len(among), (n,), generator=generator).to(x.device)]
         given = {name: value[chosen] for name, value in cond.items()}
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return objective.loss(net, x[chosen], generator, **drop_conditions(given, generator, p))
+            given = drop_conditions(given, generator, p)
+            return objective.loss(answer, x[chosen], generator, **given)
     def learn(step):
         loss = loss_of(model, ~valid, batch_size // WORLD, 0.1)
         loss.backward()
@@ -1209,7 +1199,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 
 # ----------------------------------------------------------------------
 # 10. Listening and measuring: is it any good?
-# ----------------------------------------------------------------------
+#
 # `evaluate` asks three questions, and puts the figures of real notes beside each answer.
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
@@ -1361,7 +1351,7 @@ def write_sounds(folder, sounds, rate):
 
 # ----------------------------------------------------------------------
 # 11. The command line
-# ----------------------------------------------------------------------
+#
 # A run's checkpoints hold its settings. So `sample` and `evaluate` need only the folder.
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then
@@ -1410,7 +1400,7 @@ def build_parser():
     add("--condition", choices=["note", "control", "none"], help="(default: what the data have)")
     add("--codec-steps", type=count, help="(default 4400)")
     add("--steps", type=count, help="of the model (default 1800)")
-    add("--lr", type=between(0, 1), help="(default 0.0025)")
+    add("--lr", type=between(0, 1), help="(default 0.0025; the codec's is 0.4 of it)")
     add("--adversarial-from", type=count, help="codec step at which the judge joins")
     add("--resume", action="store_true", help="go on with a run")
     add = sample.add_argument
@@ -1446,23 +1436,23 @@ def prepare(s, folder):
     else:
         audio = torch.stack([data[i] for i in (~data.valid).nonzero()[:, 0]])
         codec = train_codec(SnakeVAE(data.sample_rate).to(s.device), audio, s.codec_steps,
-                            folder / "codec.pt", s.seed, settings=vars(s),
+                            folder / "codec.pt", s.seed, lr=0.4 * s.lr, settings=vars(s),
                             adversarial_from=s.adversarial_from or math.inf)
     encode_all(codec, data, folder / "latents.pt", s.condition, s.device)
 
 def train_run(args):
     data = args.data or "plucks"
     folder = pathlib.Path(args.run or f"runs/{pathlib.Path(data).resolve().name}")
-    made = [*folder.glob("model.pt"), *folder.glob("codec.pt")]
+    made = [*folder.glob("model.pt"), *folder.glob("codec.pt"), *folder.glob("latents.pt")]
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     default = {"data": data, "codec": "vae" if data in BUILT_IN else "music2latent", "seed": 0,
                "net": "unet", "objective": "rf", "codec_steps": 4400, "steps": 1800, "lr": 2.5e-3}
-    saved = load_checkpoint(made[0])["settings"] if made else {}
+    saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
     given = {name: value for name, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**vars(args) | default | saved | given)
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
-        if made and getattr(s, name) != saved[name]:
+        if name in saved and getattr(s, name) != saved[name]:
             raise ValueError(f"{folder} has --{name} {saved[name]}; choose another --run")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(s.seed)
@@ -1501,13 +1491,12 @@ def sample_run(args):
     rate = run.codec.sample_rate / run.codec.hop        # frames per second
     if args.pitch and condition != "note" or args.melody and condition != "control":
         raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
-    if not args.init_audio and (args.keep or args.init_noise is not None):
-        raise ValueError("--init-noise and --keep need --init-audio")
+    if args.melody if args.init_audio else args.keep or args.init_noise is not None:
+        raise ValueError("--init-noise and --keep need --init-audio, which goes without --melody")
     pitches = [pitch for pitch in args.pitch or [-1] for _ in range(args.count)]
     frames = math.ceil(args.seconds * rate) if args.seconds else learnt
-    given = {}
-    if condition == "note":
-        given["labels"] = torch.tensor([[pitch, -1, -1] for pitch in pitches])
+    labels = torch.tensor([[pitch, -1, -1] for pitch in pitches])
+    given = {"labels": labels} if condition == "note" else {}
     if args.melody:
         played = load_checkpoint(run.folder / "latents.pt")["cond"]["controls"]
         curves = melody_curves(args.melody, args.beat * rate, played)
