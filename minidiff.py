@@ -14,8 +14,8 @@ The alphabet
     x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
     t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
     w is the guidance scale: w = 1 is none, w = 0 ignores the condition.
-    Not given is -1 for a label (a number for a sound), NaN for a curve (a number for each frame).
-    A pitch is a MIDI number: 60 is middle C, 69 is A at 440 Hz, 1 is a semitone.
+    Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
+    A pitch is a MIDI number: 60 is middle C, 69 is A at 440 Hz, 1 is a semitone, 0.01 a cent.
 
 The chapters
     0 The whole idea on one page    3 Samplers     6 The Snake VAE    9 Training
@@ -57,8 +57,7 @@ from torch.optim.swa_utils import AveragedModel
 # We have examples x_0 and want more of the kind. Mix one with noise, x_t = (1 - t) x_0 + t noise,
 # and let a network predict, from x_t and t, the direction from noise to example: x_0 - noise. Each
 # pair makes a line. Many lines pass through one point: there it learns their mean direction. For a
-# new example, start at fresh noise and follow the network in small steps from t = 1 to t = 0. That
-# is all of rectified flow [1].
+# new example, start at fresh noise and follow the network in small steps from t = 1 to t = 0 [1].
 #
 # Try: `python minidiff.py toy`. Then put 200 training steps for 3000: the moons blur.
 
@@ -117,23 +116,24 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^       the mean of dx_t/dt at x_t
-#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t), which is the mean
-#                                                    of that of ln p(x_t | x_0), a normal density
+#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t): the mean, given x_t,
+#                                                    of the gradient of the normal ln p(x_t | x_0)
 #
-# Each pair is a path. How a density changes depends only on the mean velocity at each point: it is
-# the net flow. So points that all follow the mean have, at every t, the density of x_t ([1] theorem
+# Each pair is a path. A density changes by inflow less outflow, which needs only the mean velocity
+# at each point. So points that all follow the mean have, at every t, the density of x_t ([1] th.
 # 3.3). What starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise, so velocity = -v^ and x_0^ =
 # x_t + t v^. The two others are the same on another scale: x_t / alpha is EDM's x_t at the noise
-# level sigma / alpha. (c_skip, c_out: see EDM. Loss: of a network that answers 0.)
+# level sigma / alpha. (c_skip, c_out: see EDM. Loss: of the answer 0, if x_0 has variance 1.)
 #
 #                     alpha        sigma        target of the network        t goes from   loss
 #     RectifiedFlow   1 - t        t            x_0 - noise                  0 to 1        2
 #     VPDiffusion     cos(angle)   sin(angle)   alpha noise - sigma x_0      0 to 1        1
 #     EDM             1            t            (x_0 - c_skip x_t) / c_out   0.002 to 80   1
 #
-# Try: `python minidiff.py train --objective edm --run runs/edm`. It plays in tune as well.
+# Try: `python -c "import torch, minidiff as m; print(m.EDM().loss(lambda x, t: 0 * x,
+# torch.randn(9999, 8)))"`, and with RectifiedFlow(): the last column of the table.
 
 def expand(t, x):
     """t, a float or [B], as [B, 1, ...] to go with x [B, ...]."""
@@ -235,9 +235,9 @@ class VPDiffusion(Objective):
 @dataclass
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise); t is the noise level ([3] Table 1, eq. 7).
-    c_in makes the input's variance 1, c_out the target's. The network's error enters x_0^ times
-    c_out: the loss is [3]'s, of weight 1/c_out^2 (eq. 8), and c_skip is such that c_out^2 =
-    (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 is smallest ([3] B.6).
+    c_in makes the input's variance 1, c_out the target's; c_noise is the network's time. Its error
+    enters x_0^ times c_out, so that of x_0^ has [3]'s weight 1/c_out^2 (eq. 8), and c_skip makes
+    c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 smallest ([3] B.6).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -272,7 +272,7 @@ class EDM(Objective):
         return (x_t - self.denoise(net, x_t, t, **cond)) / expand(t, x_t)
     def sample_times(self, n, generator=None):
         return torch.exp(self.p_mean + self.p_std * standard_normal((n,), generator))
-    def times(self, steps, start=None):
+    def times(self, steps, start=None):                 # [3]'s; generate has its own
         return karras_times(steps, self.sigma_min, start or self.t_max, self.rho)
     def time_at(self, ratio):
         return ratio
@@ -290,10 +290,10 @@ class EDM(Objective):
 # unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers get a larger deviation, which
-# `rescale` undoes [5]. (The mixture is made at each t: at t = 0 it is p_w only roughly.)
+# `rescale` undoes [5]. (Mixing at each t is not noising p_w: what arrives is p_w only roughly.)
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --cfg 8`. It is still note 60, but
-# far too soft: the loudness is one of the latents, and guidance overdoes it too.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
+# mostly far too soft: the loudness is one of the latents, and guidance overdoes it too.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -331,15 +331,14 @@ class GuidedNet:
 # ordinary differential equation (ODE). Euler's rule asks the network once per step. Heun's asks
 # again where Euler's step lands, and averages. Twice the steps: 1/2 of Euler's error, 1/4 of
 # Heun's. The third solver fits a parabola to the last three x_0^ [6]. It can also add fresh noise.
-# Noise of variance 2 q dt spreads a density, and a push of q score dt (a drift) undoes it: every
-# x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13). q grows with eta: eta = 0
-# is the ODE, eta = 1 reverses the noising.
+# Noise of any variance 2 q dt spreads a density, and a push of q score dt (a drift) undoes it:
+# every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
-# One step lands on the mean of all notes, a hum without a pitch. Thirty lead to one note.
+# One step lands near the mean of all notes, at no pitch of the scale. Thirty lead to one note.
 
 def euler(velocity, x, times):
-    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]; error of order h, a step."""
+    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]: error of order h, step."""
     for t, t_next in zip(times.tolist(), times[1:].tolist()):
         x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))
     return x
@@ -360,7 +359,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE for x_t = x_0 + sigma noise; the error has order h^3 ([6]).
     With lambda = -ln sigma, h > 0 its step, ' for d/dlambda, the ODE is x' = x_0^ - x, so
         x <- e^-h x + integral of e^-(h - s) (x_0^ + s x_0' + s^2/2 x_0'') ds from 0 to h.
-    With noise of variance 2 eta sigma^2 dlambda, its drift eta (x_0^ - x), and g = (1 + eta) h,
+    Noise of variance 2 eta sigma^2 dlambda adds the drift eta (x_0^ - x). So with g = (1 + eta) h,
         x <- sigma_next/sigma e^(-eta h) x + (1 - e^-g) x_0^ - h^2 phi_3 x_0'' + h phi_2 x_0'
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
@@ -419,14 +418,14 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     t = torch.tensor(start, dtype=torch.float64)
-    share = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
+    share = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))  # 1 for noise alone
     if schedule is None and sampler == "dpmpp_3m_sde":  # even in lambda
         high = min(80.0, (share / (1 - share)).item())  # share / (1 - share) = sigma / alpha
         schedule = polyexponential_times(steps, min(0.002, high / 2), high)
     elif schedule is None:
         share = linear_times(steps, share.item())
         schedule = share / (1 - share)
-    times = objective.time_at(schedule).nan_to_num(start)  # alpha = 0: inf / (1 + inf)
+    times = objective.time_at(schedule).nan_to_num(start)  # of infinity: start
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
@@ -459,7 +458,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     attention  at coarse levels, from each frame to all others
 #     position   near t = 1 nothing in x_t tells the start of a note from its end
 #
-# Try: `python minidiff.py train --net tutorial --run runs/tutorial`, and compare the last tables.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --seconds 3`. Beyond the second
+# that the network has learnt all frames have one position: the note stops fading.
 
 class TutorialUNet(nn.Module):
     """Convolutions, ReLU, skips by addition; t enters once, at the bottom: [B, C, L] -> same."""
@@ -551,7 +551,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # Ten inputs per curve. Pitches are in octaves: a cent turns the last wave by 2.4 degrees.
+        # Ten inputs per curve: itself, given or not, waves. A cent turns the last by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], dim=1).nan_to_num()
         x = F.pad(torch.cat([x, curves], dim=1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -575,17 +575,17 @@ class UNet1d(nn.Module):
 #     x(time)  =  sum over k of  sin(pi k p)/k e^(-(k-1) b) e^(-d_k time) cos(2 pi f_k time).
 #
 # A sound is most like itself one period later: there the autocorrelation peaks. Harmonics repeat
-# and noise does not. So the peak's height r, of 1 at delay 0, is the harmonic share of the power:
+# and noise does not. So the peak's height r (1 at delay 0) is the harmonic share of the power:
 # harmonics to noise are as r to 1 - r (Boersma, IFA Proceedings 17, 1993).
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears.
 
 def resample(audio, from_rate, to_rate):
-    """Cut off or extend the spectrum: [..., T] -> [..., ceil(T to_rate / from_rate)]; in Hz."""
+    """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)            # in a circle: silence parts end and start
+    seconds = math.ceil(1.1 * T / from_rate)            # FFTs wrap round: silence after the end
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].to(audio.dtype)
@@ -633,12 +633,11 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Two [B, L], for each hop of [B, T]: the MIDI pitch, 0 if r <= 0.5, and r, 0 in silence.
-    The window's autocorrelation is divided out, so that multiples of the period peak as high as the
-    period. Take the first peak that is nearly the best: r at least 0.8 of its r, and 1 - r at
-    most twice its 1 - r, plus 0.03. finer: lags per sample. Lifts out with: envelope."""
+    """Two [B, L], by hop of [B, T]: MIDI pitch, 0 if r <= 0.5, and r, 0 in silence. The window's
+    autocorrelation is divided out, so that multiples of the period peak as high as the period. The
+    first peak of at least 0.8 best and 1 - 2 (1 - best) - 0.03 counts. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
-    shortest = math.ceil(finer * sample_rate / 2637)    # of pitch 100, in lags
+    shortest = math.ceil(finer * sample_rate / 2637)    # period of pitch 100 (2637 Hz)
     width = 4 * longest
     loud = envelope(audio, hop)
     x = F.pad(audio, (width // 2 - hop // 2, width + hop))
@@ -754,7 +753,7 @@ class SnakeVAE(nn.Module):
         audio, level = self.levelled(audio)
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], dim=1)
     def decode(self, latents):
-        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # [B, L * hop]
+        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # drops its own level
         # Errors of a diffusion model change from frame to frame; the mean of 5 has less of them.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
@@ -767,7 +766,7 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is at its largest. The
-# magnitudes of a spectrogram forget the phase. Where they leave a choice, the decoder plays a dull
+# magnitudes of a spectrogram forget the phase. Where several phases fit, the decoder plays a dull
 # average. A discriminator learns to hear that, and the decoder to deceive it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
@@ -775,7 +774,8 @@ def kl_divergence(mean, log_variance):
 #
 #     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>).
 #
-# Try: `python minidiff.py train --run runs/judge --adversarial-from 1000`, and see its log.csv.
+# Try: `python minidiff.py train --run runs/d --codec-steps 200 --adversarial-from 100 --steps 9`.
+# It will not play yet, but its log.csv has the shares, with the weights of five losses 1 1 2 1 2.
 
 def stft(audio, size):
     """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
@@ -784,7 +784,7 @@ def stft(audio, size):
                       return_complex=True) * 4 / size
 
 def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
-    """||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e|, mean over window `sizes` ([19] eq. 4-6).
+    """||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e|, over `sizes` ([19] eq. 4-6, t: target).
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
@@ -833,7 +833,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running sums: of |g_i|, of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|, of 1
 
     def backward(self, losses, output, free=None):
         if not losses.keys() <= self.weights.keys():
@@ -864,8 +864,8 @@ class LossBalancer(nn.Module):
 # Without the last step, noise of variance 1 would drown a channel of deviation 0.01. Where there
 # are no labels, the condition may be two curves, the loudness and pitch of each frame: melodies.
 #
-# Try: `python minidiff.py train --data melodies`, and then
-# `python minidiff.py sample --run runs/melodies --melody 60 62 64 r 67 --beat 0.4`.
+# Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
+# hear a phrase of which `train --data melodies` makes 720; then `sample --melody 60 r 67` plays.
 
 class Plucks(torch.utils.data.Dataset):
     """Plucked strings: note i has MIDI pitch 40 + i mod 37. Lifts out with: pluck."""
@@ -970,7 +970,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
             torch.hub.download_url_to_file(url, f"{target}.zip", hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{url}: {error}") from None
-        zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")  # no file leaves it
+        zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")  # no file gets out of it
         os.replace(f"{target}.new", target)             # all of it, or nothing
     return target
 
@@ -1053,7 +1053,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))
+    pairs = max(1, min(185, len(held) // 2))            # spread evenly, by turns to a and b
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1068,12 +1068,12 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch gives a noisy gradient, so the weights rattle about the best ones. They settle as the
 # learning rate falls to 0. Their moving average (EMA) is settled at any step. A checkpoint holds
-# all that the next step depends on, so a resumed training ends with the same bits. With torchrun,
-# each GPU draws its part of the batch, and DistributedDataParallel averages the gradients.
+# all that the next step depends on: on one device a resumed training ends with the same bits. With
+# torchrun, each GPU draws its part of the batch, DistributedDataParallel averages the gradients.
 #
-# Try: `python minidiff.py train --resume --steps 3000`, which goes on where the run was.
+# Try: `python minidiff.py train --resume --steps 2000`. The run of 1800 goes on; its loss falls.
 
-# rf and edm train at sigma/alpha = e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes bear more noise.
+# rf, edm train at sigma/alpha e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes are heard in more noise.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1097,7 +1097,8 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
     state = {"step": 0}
     if path.exists():
         state = load_checkpoint(path)
-        generator.set_state(state["generator"])
+        if RANK == 0:                                   # others draw from their seeds again
+            generator.set_state(state["generator"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
     if state["step"] >= steps:
@@ -1129,8 +1130,8 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
 
 def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
-    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average. `blur` is
-    noise on the latents, in deviations: the decoder shall bear those of a diffusion model."""
+    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average. `blur`:
+    noise on the latents, in deviations; the decoder shall bear a diffusion model's errors."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1203,9 +1204,8 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # `evaluate` asks three questions, and puts the figures of real notes beside each answer.
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-#     Like the data?  Level, harmonics to noise, and the Frechet distance (of two clouds of points)
-#                     to half of the held-out notes. The codec's row has that of the other half:
-#                     the floor.
+#     Like the data?  Level, harmonics to noise, and the Frechet distance (of clouds of points) to
+#                     half of the held-out notes. Codec's row: half to half, both real: the floor.
 #     New?            Distance to the nearest training latents, over that of held-out notes: far
 #                     below 1 is a copy.
 #
@@ -1299,7 +1299,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
                      device=run.device, **given).cpu()
         latents[f"w = {w:g}"] = x
         sounds[f"w = {w:g}"] = run.decode(x)
-        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
+        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))  # first w
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
     for kind, audio in sounds.items():
@@ -1358,7 +1358,6 @@ def write_sounds(folder, sounds, rate):
 # `--cfg 1 --out w1` and `--cfg 8 --out w8`. All three start from the same noise.
 
 BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one line, without the usage
         self.exit(2, f"minidiff: {message}\n")
@@ -1491,7 +1490,8 @@ def sample_run(args):
     rate = run.codec.sample_rate / run.codec.hop        # frames per second
     if args.pitch and condition != "note" or args.melody and condition != "control":
         raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
-    if args.melody if args.init_audio else args.keep or args.init_noise is not None:
+    extra = args.keep or args.init_noise is not None
+    if args.melody and args.init_audio or extra and not args.init_audio:
         raise ValueError("--init-noise and --keep need --init-audio, which goes without --melody")
     pitches = [pitch for pitch in args.pitch or [-1] for _ in range(args.count)]
     frames = math.ceil(args.seconds * rate) if args.seconds else learnt
