@@ -432,7 +432,9 @@ def test_snake_vae_level_and_gradients():
     assert near(soft[:, -1], latents[:, -1] - math.log(10))
     assert near(vae.decode(soft), out / 10)
     fade = 10 ** -torch.linspace(0, 1, 20_000)
-    flat, level = vae.levelled(fade * normal32(1, 20_000))
+    sound = fade * normal32(1, 20_000)
+    flat, level = vae.levelled(sound)
+    assert near(level[0, 40], sound[0, 33 * 256:48 * 256].square().mean().sqrt())  # of 15 hops
     assert near(flat.unflatten(1, (5, -1)).square().mean(2), 1, 0.2)
     assert near((level[0, 70] / level[0, 10]).log(), -60 / 78 * math.log(10), 0.2)
     assert near(vae.levelled(vae.decode(vae.encode(flat * fade)))[1] / level, 1, 0.3)
