@@ -335,7 +335,7 @@ class GuidedNet:
 # every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
-# One step lands near the mean of all notes, at no pitch of the scale. Thirty lead to one note.
+# One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
 
 def euler(velocity, x, times):
     """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]: error of order h, step."""
