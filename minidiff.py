@@ -775,7 +775,7 @@ def kl_divergence(mean, log_variance):
 #     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>).
 #
 # Try: `python minidiff.py train --run runs/d --codec-steps 200 --adversarial-from 100 --steps 9`.
-# It will not play yet, but its log.csv has the shares, with the weights of five losses 1 1 2 1 2.
+# It will not play yet, but its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
 
 def stft(audio, size):
     """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
@@ -849,7 +849,7 @@ class LossBalancer(nn.Module):
             mean = running[0] / running[1]              # corrected for starting at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced = balanced + factor * g
-            self.shares[name] = factor * norm / self.total_norm
+            self.shares[name] = factor * norm / self.total_norm  # w_i / sum of w, if norm is mean
         # The gradient of this sum at `output` is `balanced`.
         ((balanced * output).sum() + sum((free or {}).values())).backward()
 
