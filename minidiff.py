@@ -116,16 +116,16 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^       the mean of dx_t/dt at x_t
-#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t): the mean, given x_t,
-#                                                    of the gradient of the normal ln p(x_t | x_0)
+#     score     =  (alpha x_0^ - x_t) / sigma^2      the gradient of ln p(x_t), that is the mean,
+#                                                    given x_t, of that of ln p(x_t | x_0), a normal
 #
-# Each pair is a path. A density changes by inflow less outflow, which needs only the mean velocity
-# at each point. So points that all follow the mean have, at every t, the density of x_t ([1] th.
-# 3.3). What starts as noise at the largest t arrives at t = 0 distributed as the data.
+# Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
+# velocity at each point. So points that all follow the mean have, at every t, the density of x_t
+# ([1] th. 3.3). What starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths and asks for v = x_0 - noise, so velocity = -v^ and x_0^ =
-# x_t + t v^. The two others are the same on another scale: x_t / alpha is EDM's x_t at the noise
-# level sigma / alpha. (c_skip, c_out: see EDM. Loss: of the answer 0, if x_0 has variance 1.)
+# x_t + t v^. VP and EDM are the same on another scale: x_t / alpha is EDM's x_t at the noise
+# level sigma / alpha. (c_skip, c_out: see EDM. Loss: of a net that answers 0, for variance 1.)
 #
 #                     alpha        sigma        target of the network        t goes from   loss
 #     RectifiedFlow   1 - t        t            x_0 - noise                  0 to 1        2
@@ -235,8 +235,8 @@ class VPDiffusion(Objective):
 @dataclass
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise); t is the noise level ([3] Table 1, eq. 7).
-    c_in makes the input's variance 1, c_out the target's; c_noise is the network's time. Its error
-    enters x_0^ times c_out, so that of x_0^ has [3]'s weight 1/c_out^2 (eq. 8), and c_skip makes
+    c_in makes the input's variance 1, c_out the target's; c_noise is the network's time. The error
+    of x_0^ is c_out times the network's, with [3]'s weight 1/c_out^2 (eq. 8), and c_skip makes
     c_out^2 = (1 - c_skip)^2 sigma_data^2 + c_skip^2 t^2 smallest ([3] B.6).
     Lifts out with: Objective, expand, karras_times, linear_times, standard_normal."""
     sigma_data: float = 1.0
@@ -289,11 +289,11 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
-# notes fit the condition better but are more alike, and the answers get a larger deviation, which
-# `rescale` undoes [5]. (Mixing at each t is not noising p_w: what arrives is p_w only roughly.)
+# notes fit the condition better but are more alike, and the answers' deviation (std) grows, which
+# `rescale` undoes [5]. (The mixed scores are not those of a noised p_w: p_w comes only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
-# mostly far too soft: the loudness is one of the latents, and guidance overdoes it too.
+# mostly far too soft: guidance pushes all latents too far, and one of them is the loudness.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -338,7 +338,7 @@ class GuidedNet:
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
 
 def euler(velocity, x, times):
-    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]: error of order h, step."""
+    """Follow dx/dt = velocity(x [B, ...], t [B]) down `times` [n + 1]: error of order h (step)."""
     for t, t_next in zip(times.tolist(), times[1:].tolist()):
         x = x + (t_next - t) * velocity(x, x.new_full((len(x),), t))
     return x
@@ -359,7 +359,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE for x_t = x_0 + sigma noise; the error has order h^3 ([6]).
     With lambda = -ln sigma, h > 0 its step, ' for d/dlambda, the ODE is x' = x_0^ - x, so
         x <- e^-h x + integral of e^-(h - s) (x_0^ + s x_0' + s^2/2 x_0'') ds from 0 to h.
-    Noise of variance 2 eta sigma^2 dlambda adds the drift eta (x_0^ - x). So with g = (1 + eta) h,
+    With noise of variance 2 eta sigma^2 dlambda, x' = (1 + eta) (x_0^ - x): for g = (1 + eta) h,
         x <- sigma_next/sigma e^(-eta h) x + (1 - e^-g) x_0^ - h^2 phi_3 x_0'' + h phi_2 x_0'
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,
         phi_2 = 1 - (1 - e^-g)/g,   phi_3 = phi_2/g - 1/2.
@@ -425,7 +425,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     elif schedule is None:
         share = linear_times(steps, share.item())
         schedule = share / (1 - share)
-    times = objective.time_at(schedule).nan_to_num(start)  # of infinity: start
+    times = objective.time_at(schedule).nan_to_num(start)  # inf / inf: start
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
@@ -458,8 +458,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     attention  at coarse levels, from each frame to all others
 #     position   near t = 1 nothing in x_t tells the start of a note from its end
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --seconds 3`. Beyond the second
-# that the network has learnt all frames have one position: the note stops fading.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --seconds 3`. Frames past the
+# second that was learnt share one position: the note stops fading.
 
 class TutorialUNet(nn.Module):
     """Convolutions, ReLU, skips by addition; t enters once, at the bottom: [B, C, L] -> same."""
@@ -551,7 +551,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # Ten inputs per curve: itself, given or not, waves. A cent turns the last by 2.4 degrees.
+        # Ten inputs per curve: value, flag, 8 waves. In octaves, a cent turns the last 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], dim=1).nan_to_num()
         x = F.pad(torch.cat([x, curves], dim=1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -635,7 +635,7 @@ def envelope(audio, hop):
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Two [B, L], by hop of [B, T]: MIDI pitch, 0 if r <= 0.5, and r, 0 in silence. The window's
     autocorrelation is divided out, so that multiples of the period peak as high as the period. The
-    first peak of at least 0.8 best and 1 - 2 (1 - best) - 0.03 counts. Lifts out with: envelope."""
+    first peak >= 0.8 best and >= 1 - 2 (1 - best) - 0.03 wins. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)    # period of pitch 100 (2637 Hz)
     width = 4 * longest
@@ -644,7 +644,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     x = x.unfold(1, width, hop)[:, :loud.shape[1]]      # [B, L, width]
     window = torch.hann_window(width, device=audio.device)
     def correlate(x):
-        # The inverse transform of the power spectrum; zeros behind the spectrum interpolate.
+        # The power spectrum's inverse is the autocorrelation; zeros behind it: finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         r = torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
         return r / r[..., :1].clamp_min(1e-12)
@@ -678,8 +678,8 @@ def note_pitch(track):
 #
 #     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# the divergence of two distributions, 0 only where they are the same. So neighbouring latents
-# overlap: what a diffusion model can hit, the decoder can play.
+# a gap between distributions, 0 if they are equal. It keeps variances from 0, so neighbouring
+# latents overlap: what a diffusion model can hit, the decoder can play.
 #
 # Notes differ in level by a factor of a hundred, and each dies away. So a sound is divided by its
 # own smooth level, which travels as channel 17: the codec's network hears it all equally loud.
@@ -864,8 +864,8 @@ class LossBalancer(nn.Module):
 # Without the last step, noise of variance 1 would drown a channel of deviation 0.01. Where there
 # are no labels, the condition may be two curves, the loudness and pitch of each frame: melodies.
 #
-# Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
-# hear a phrase of which `train --data melodies` makes 720; then `sample --melody 60 r 67` plays.
+# Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`: a
+# phrase. After `train --data melodies`, `sample --run runs/melodies --melody 60 r 67` plays one.
 
 class Plucks(torch.utils.data.Dataset):
     """Plucked strings: note i has MIDI pitch 40 + i mod 37. Lifts out with: pluck."""
@@ -1071,9 +1071,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # all that the next step depends on: on one device a resumed training ends with the same bits. With
 # torchrun, each GPU draws its part of the batch, DistributedDataParallel averages the gradients.
 #
-# Try: `python minidiff.py train --resume --steps 2000`. The run of 1800 goes on; its loss falls.
+# Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
 
-# rf, edm train at sigma/alpha e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes are heard in more noise.
+# rf, edm train at sigma/alpha = e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes survive more noise.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1205,7 +1205,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
 #     Like the data?  Level, harmonics to noise, and the Frechet distance (of clouds of points) to
-#                     half of the held-out notes. Codec's row: half to half, both real: the floor.
+#                     half of the held-out notes. In the codec's row, real half to half: the floor.
 #     New?            Distance to the nearest training latents, over that of held-out notes: far
 #                     below 1 is a copy.
 #
@@ -1213,7 +1213,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), of a [N, D] and b [N, D] ([15] eq. 6).
-    Estimates of means m and covariances C depend on N: compare at equal N."""
+    Of normals fitted to both, with means m and covariances C. Compare only at equal N."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
@@ -1290,7 +1290,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     cond = {name: value[data["b"]] for name, value in data["cond"].items()}
     given = {name: value.to(run.device) for name, value in cond.items()}
     result = {"count": len(b), "seed": seed, "sampler": sampler, "steps": steps, "frechet": {},
-              "nfe": 2 * steps - 1 if sampler == "heun" else steps, "pitch_accuracy": {}}
+              "pitch_accuracy": {}, "nfe": 2 * steps - 1 if sampler == "heun" else steps}  # calls
     latents = {"real": b, "codec": b}
     sounds = {"real": data["real"], "codec": run.decode(b)}
     for w in scales if cond else [1.0]:
