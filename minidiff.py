@@ -529,9 +529,9 @@ class UNet1d(nn.Module):
         self.controls = controls
         self.window = window
         widths = [width] + [width * m for m in multipliers]
-        E = 2 * width                                   # size of the embedding
-        self.time_mlp = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E))
-        self.tables = nn.ModuleList(nn.Embedding(size + 1, E) for size in label_sizes)
+        wide = 2 * width                                # the embedding
+        self.time_mlp = nn.Sequential(nn.Linear(width, wide), nn.SiLU(), nn.Linear(wide, wide))
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, wide) for size in label_sizes)
         self.enter = nn.Conv1d(channels + 10 * controls, width, 3, 1, 1)
         self.position = nn.Linear(width, width)
         self.down = nn.ModuleList()
@@ -540,9 +540,9 @@ class UNet1d(nn.Module):
             # No attention at the finest level, where it costs most. Identity ignores `heads`.
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
             attend = SelfAttention if i > 0 else nn.Identity
-            self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, E), attend(b, heads)]))
-            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, E), attend(a, heads)]))
-        self.middle = ResidualBlock(widths[-1], widths[-1], E)
+            self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
+            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
+        self.middle = ResidualBlock(widths[-1], widths[-1], wide)
         self.exit = nn.Sequential(FrameNorm(width), nn.SiLU(), nn.Conv1d(width, channels, 3, 1, 1))
 
     def forward(self, x, t, labels=-1, controls=math.nan):
@@ -925,24 +925,24 @@ class AudioFolder(torch.utils.data.Dataset):
             if not sound or "/." in f"/{name}" or runs.intersection(path.parents):
                 continue                                # hidden, or what a run made
             try:
-                info = soundfile.info(path)             # raises for a linked folder
-                finite = [np.isfinite(block).all() for block in soundfile.blocks(path, 2 ** 20)]
-                if not finite or not all(finite):
-                    raise ValueError(f"{path}: expected finite samples")
-                files[path] = info
+                # All of it, for headers may lie about the length. A linked folder fails.
+                data, rate = soundfile.read(path, dtype="float32")
+                if len(data) == 0 or not np.isfinite(data).all():
+                    raise ValueError("expected finite samples")
+                files[path] = rate, len(data) / rate
                 hashes[path] = hashlib.sha256(name.encode()).digest()[0]
-            except (RuntimeError, ValueError) as error:
-                print(f"left out: {error}", file=sys.stderr)
+            except (RuntimeError, TypeError, ValueError) as error:
+                print(f"left out: {path}: {error}", file=sys.stderr)
         if len(files) < 2:
             raise ValueError(f"{root}: no such folder with at least 2 usable sound files")
-        rates = sorted(info.samplerate for info in files.values())
+        rates = sorted(rate for rate, _ in files.values())
         self.sample_rate = sample_rate or min(rates[len(rates) // 2], 22_050)
-        self.seconds = seconds or min(4.0, max(info.duration for info in files.values()))
+        self.seconds = seconds or min(4.0, max(length for _, length in files.values()))
         held = {path for path in files if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(files)):
             limit = max(12, min(hashes.values()))       # 13 hashes of 256; else the lowest
             held = {path for path in files if hashes[path] <= limit}
-        lasts = {path: max(0.0, info.duration - self.seconds) for path, info in files.items()}
+        lasts = {path: max(0.0, length - self.seconds) for path, (_, length) in files.items()}
         self.pieces = [(path, min(k * self.seconds / 2, last)) for path, last in lasts.items()
                        for k in range(1 + math.ceil(2 * last / self.seconds))]  # start in s
         self.valid = torch.tensor([path in held for path, _ in self.pieces])
@@ -1285,7 +1285,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     Frechet distance is that of each channel's mean and deviation over a sound. Returns what
     evaluation.json holds, and the first sounds, {name: audio [T]}."""
     data = load_checkpoint(run.folder / "latents.pt")
-    a, b = (data["x"][data[half]] for half in ("a", "b"))     # [N, C, L]
+    a, b = (data["x"][data[half]] for half in ("a", "b"))  # [N, C, L]
     train = data["x"][~data["valid"]][:5000].flatten(1)
     cond = {name: value[data["b"]] for name, value in data["cond"].items()}
     given = {name: value.to(run.device) for name, value in cond.items()}

@@ -523,7 +523,7 @@ def write_note(path, seconds=0.3, pitch=60, rate=RATE):
 def test_audio_folder_takes_what_is_sound(tmp_path, capsys):
     """wav, aiff, opus; nothing hidden, no run; links to folders and what is bad are named."""
     root = tmp_path / "data"
-    for name in ("a.wav", "b.aiff", "in/d.WAV", ".e.wav", "._a.wav", ".hidden/f.wav", "run/g.wav"):
+    for name in ("a.wav", "b.aiff", "c.mp3", "in/d.WAV", "._e.wav", ".hidden/f.wav", "run/g.wav"):
         write_note(root / name)
     write_note(tmp_path / "else" / "i.wav")
     soundfile.write(root / "h.opus", np.zeros(16_000), RATE, "OPUS", format="OGG")
@@ -531,9 +531,10 @@ def test_audio_folder_takes_what_is_sound(tmp_path, capsys):
     for name, target in (("link", "else"), ("loop", "data")):
         (root / name).symlink_to(tmp_path / target)
     bad = bad_files(root)
-    data = m.AudioFolder(root)
-    names = sorted(path.name for path, _ in data.pieces)
-    assert names == ["a.wav", "b.aiff", "d.WAV", "h.opus"]
+    os.truncate(root / "c.mp3", 1100)                      # its header goes on to claim 0.3 s
+    data = m.AudioFolder(root, seconds=0.1)
+    assert {p.name for p, _ in data.pieces} == {"a.wav", "b.aiff", "c.mp3", "d.WAV", "h.opus"}
+    assert all(len(data[i]) == 1600 for i in range(len(data)))
     said = capsys.readouterr().err
     assert all(name in said for name in [*bad, "link", "loop"])
 
