@@ -4,9 +4,9 @@ A codec turns a second of sound into 63 vectors, its latents. A network learns t
 latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
-    python minidiff.py toy                                   the whole idea, in ten seconds
-    python minidiff.py train                                 an instrument, in minutes
-    python minidiff.py sample --run runs/plucks --pitch 60   play a note
+    python minidiff.py toy        # the whole idea, in ten seconds
+    python minidiff.py train      # an instrument, in minutes
+    python minidiff.py sample --run runs/plucks --pitch 60
 
 The alphabet
     B batch   T audio samples   C latent channels   L latent frames   D features   N how many
@@ -52,7 +52,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-# --------------------
+# ------------
 # 0. The whole idea
 #
 # We have examples x_0 and want more. Mix one with noise, x_t = (1 - t) x_0 + t noise, and let a
@@ -68,7 +68,7 @@ def toy(steps=3000, seed=0):
 
     def moons(n, blur=0.05):
         angle = math.pi * torch.rand(n)
-        upper = torch.stack([angle.cos(), angle.sin()], dim=1)  # [n, 2]
+        upper = torch.stack([angle.cos(), angle.sin()], 1)  # [n, 2]
         lower = torch.tensor([1.0, 0.5]) - upper
         return torch.where(torch.rand(n, 1) < 0.5, upper, lower) + blur * torch.randn(n, 2)
     relu = nn.ReLU()
@@ -102,7 +102,7 @@ def toy(steps=3000, seed=0):
     print("within 0.1 of a moon: {:.3f} of the samples (left), {:.3f} of the data".format(*shares))
     return shares
 
-# --------------------
+# ------------
 # 1. Noising and objectives: what does the network learn?
 #
 # A network sees t and x_t = alpha(t) x_0 + sigma(t) noise. It is asked for y, a mixture of x_0 and
@@ -111,8 +111,8 @@ def toy(steps=3000, seed=0):
 #
 #     E[(a - y)^2 | x_t]  =  (a - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. Then x_t, which
-# is known, is alpha x_0^ + sigma noise^; with any other mixture it gives both. With ' for d/dt:
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. The answer and
+# x_t = alpha x_0^ + sigma noise^ are two equations, which give both. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
@@ -122,14 +122,14 @@ def toy(steps=3000, seed=0):
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
 # th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
-# Rectified flow [1] takes straight paths: for its target v, velocity = -v^ and x_0^ = x_t + t v^.
-# All differ only in scale: x_t / alpha is EDM's x_t at the noise level sigma / alpha. (The loss is
-# that of a net that answers 0, for data of variance 1.)
+# Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
+# The three x_t differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. (EDM
+# explains c_skip and c_out. Last: the loss of a net that answers 0, for data of variance 1.)
 #
 #                    alpha       sigma       target                      t             loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
 #     VPDiffusion    cos(angle)  sin(angle)  alpha noise - sigma x_0     0 to 1        1
-#     EDM            1           t           (x_0 - c_skip x_t) / c_out  0.002 to 80   1
+#     EDM            1           t           (x_0 - c_skip x_t) / c_out  0 to 80       1
 #
 # Try: `python -c "import torch, minidiff as m; print(m.EDM().loss(lambda x, t: 0 * x,
 # torch.randn(9999, 8)))"`, and with RectifiedFlow(): the table's losses.
@@ -219,7 +219,7 @@ class VPDiffusion(Objective):
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7, Table 1); t is the noise level.
     c_in and c_out give input and target variance 1; c_out scales the net's error, and c_skip makes
-    it smallest ([3] B.6).
+    c_out smallest ([3] B.6).
     Lifts out with: Objective, expand, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -255,7 +255,7 @@ class EDM(Objective):
     def time_at(self, ratio):
         return ratio
 
-# --------------------
+# ------------
 # 2. Guidance: how do we ask for a note?
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
@@ -268,10 +268,10 @@ class EDM(Objective):
 # unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (A noised p_w has other scores: p_w comes only roughly.)
+# `rescale` undoes that [5]. (p_w, noised, has other scores: samples follow p_w only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
-# mostly far too soft: guidance pushes all latents too far, also the level.
+# mostly too quiet: one latent is the level, and guidance drives all of them too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -284,7 +284,7 @@ def guide(conditional, unconditional, scale, rescale=0.0):
 
 @dataclass
 class GuidedNet:
-    """Called like the plain net. For u, conditions are withheld, or `negative`'s.
+    """Called like the plain net. u is its answer without conditions, or with those of `negative`.
     Lifts out with: guide."""
     net: object
     scale: float
@@ -302,15 +302,15 @@ class GuidedNet:
         answers = self.net(torch.cat([x, x]), torch.cat([t, t]), **both)
         return guide(*answers.chunk(2), self.scale, self.rescale)
 
-# --------------------
+# ------------
 # 3. Samplers: how do we get from noise to a note?
 #
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
-# fits a parabola to the last three x_0^ [6]. It can add fresh noise: noise of variance 2 q dt
-# spreads a density, and a push of q score dt (a drift) undoes it, so every x_t keeps its density,
-# and early errors are forgotten ([17] eq. 6, 13).
+# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt > 0,
+# noise of variance 2 q dt spreads a density, and a push (drift) of q score dt undoes it. So every
+# x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -348,11 +348,11 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; with eta = 0 the error has order h^3.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; an error of order h^3, if eta = 0.
     In lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Noise of variance 2 eta sigma^2 dlambda
     adds the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the parabola through its
     last three values, whose derivatives are slope and bend: with g = (1 + eta) h,
-        x <- e^-g x + phi_1 x_0^ - h^2 phi_3 bend + h phi_2 slope
+        x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise.
     (Published codes halve the bend term: order two.)
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
@@ -374,15 +374,14 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
         g = (1 + eta) * h
         phi_1 = -math.expm1(-g)  # 1 - e^-g
         phi_2 = 1 - phi_1 / g
-        phi_3 = phi_2 / g - 1 / 2
-        x = math.exp(-g) * x + phi_1 * x_0 - h ** 2 * phi_3 * bend + h * phi_2 * slope
+        phi_3 = 1 / 2 - phi_2 / g
+        x = math.exp(-g) * x + phi_1 * x_0 + h * phi_2 * slope + h ** 2 * phi_3 * bend
         noise = standard_normal(x.shape, generator).to(x)
         x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise
     return x
 
 def optimise_noise(sample, noise, loss, steps, lr):
-    """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower loss(sample(noise)), a scalar.
-    sample(noise): such as generate(..., noise=noise)."""
+    """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower the scalar loss(sample(noise))."""
     noise = noise.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([noise], lr)
     for _ in range(steps):
@@ -396,12 +395,9 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     schedule: noise levels sigma/alpha instead of `steps`, such as karras_times(18, 0.002, 80).
     init [B, C, L]: starts from it, noised to time init_noise, by default where sigma = alpha.
     keep [L], bool: frames of init that stay.  noise: starts from it, with gradients.
-    ValueError: unknown sampler, wrong init_noise.
+    ValueError: wrong init_noise.
     Lifts out with: dpmpp_3m_sde, euler, expand, heun, linear_times, polyexponential_times,
     standard_normal."""
-    solvers = {"euler": euler, "heun": heun, "dpmpp_3m_sde": dpmpp_3m_sde}
-    if sampler not in solvers:
-        raise ValueError(f"sampler must be one of {[*solvers]}, got {sampler!r}")
     start = objective.t_max
     if init is not None:
         start = float(objective.time_at(1.0) if init_noise is None else init_noise)
@@ -411,9 +407,9 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         return init
     if schedule is None:
         t = torch.tensor(start, dtype=torch.float64)
-        share = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
-        share = linear_times(steps, share)  # from 1 for noise alone
-        schedule = share / (1 - share)  # sigma / alpha
+        flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
+        flow_t = linear_times(steps, flow_t)  # even in rectified flow's t
+        schedule = flow_t / (1 - flow_t)
         if sampler == "dpmpp_3m_sde":  # even in lambda
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -436,14 +432,14 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         else:
             times = objective.time_at(schedule).nan_to_num(start)  # inf / inf: start
             x = objective.add_noise(data, noise, times[0])
-            x = solvers[sampler](velocity, x, times)
+            x = {"euler": euler, "heun": heun}[sampler](velocity, x, times)
     return x if keep is None else torch.where(keep, init, x)
 
-# --------------------
+# ------------
 # 4. The U-Net: which network can learn this?
 #
 # Noise is judged from close by, a pitch by the whole note. So the network halves L several times
-# and doubles it back; skip connections carry the detail. `UNet1d`, after [8], adds:
+# and doubles it back; skip connections carry the detail. `UNet1d` [8] adds to `TutorialUNet`:
 #
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x), so that gradients pass unchanged
@@ -478,7 +474,7 @@ def time_embedding(t, D):
     """Sines and cosines of 1000 t, since [18] section 3.5 is made for integers: [B] -> [B, D]."""
     powers = torch.arange(D // 2, device=t.device) / (D // 2)
     angles = 1000 * t.float()[:, None] * 10_000 ** -powers
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 class FrameNorm(nn.LayerNorm):
     """LayerNorm over the features of each frame: [B, D, L] -> same."""
@@ -495,7 +491,7 @@ class ResidualBlock(nn.Module):
         self.exit = nn.Conv1d(D_out, D_out, 3, 1, 1)
         self.skip = nn.Conv1d(D, D_out, 1) if D != D_out else nn.Identity()
     def forward(self, x, embedding):
-        scale, shift = self.modulate(F.silu(embedding))[:, :, None].chunk(2, dim=1)
+        scale, shift = self.modulate(F.silu(embedding))[:, :, None].chunk(2, 1)
         f = self.norm(self.enter(x)) * (1 + scale) + shift
         return self.skip(x) + self.exit(F.silu(f))
 
@@ -543,10 +539,10 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve is value, flag, 8 waves. In octaves, a cent turns the last by 2.4 degrees.
+        # A curve gives value, flag and 8 waves; a cent, 1/1200, turns the last by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
-        curves = torch.cat([controls, ~controls.isnan(), *waves], dim=1).nan_to_num()
-        x = F.pad(torch.cat([x, curves], dim=1), (0, -L % 2 ** (len(self.down) - 1)))
+        curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
+        x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
         position = time_embedding(frame / 1000, self.width)  # takes 1000 t
         skips = [self.enter(x) + self.position(position).T]
@@ -555,10 +551,10 @@ class UNet1d(nn.Module):
         x = self.middle(skips[-1], embedding)
         for skip, (block, attend) in zip(skips[::-1], self.up):
             x = F.interpolate(x, skip.shape[2])
-            x = attend(block(torch.cat([x, skip], dim=1), embedding))
+            x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
 
-# --------------------
+# ------------
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
 # A plucked string is a sum of harmonics; the k-th has the frequency f_k, about k f_0. The place p
@@ -604,7 +600,7 @@ def save_audio(path, audio, sample_rate):
     return peak
 
 def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
-    """A plucked string, random p, b, d: [T]. velocity, to 127: how hard it is struck."""
+    """A plucked string, random p, b, d: [T]. MIDI's velocity, to 127: how hard it is struck."""
     point, bright, decay = torch.rand(3, generator=generator).double()
     force = velocity / 127
     f_0 = 440 * 2 ** ((pitch - 69) / 12)
@@ -625,9 +621,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Two [B, L], by hop of [B, T]: MIDI pitch, 0 if r <= 0.5, and r, 0 in silence. Divided by the
-    window's autocorrelation, multiples of the period peak as high as the period. So each octave of
-    delay costs 0.04. Lifts out with: envelope."""
+    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. As the window's
+    autocorrelation is divided out, multiples of the period peak as high as the period: an octave
+    of delay costs 0.04. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest
@@ -640,7 +636,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
-    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]
+    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # else 0
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
@@ -658,7 +654,7 @@ def note_pitch(track):
     """The median pitch of frames that have one, else NaN: [B, L] -> [B]."""
     return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
 
-# --------------------
+# ------------
 # 6. The Snake VAE: how does a second of sound become 63 vectors?
 #
 # 16,000 numbers a second are too many to diffuse, so a codec squeezes 256 samples into one frame of
@@ -668,8 +664,8 @@ def note_pitch(track):
 #
 #     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# a gap, 0 for equals. It keeps variances from 0, so neighbouring latents overlap: what a
-# diffusion model can hit, the decoder can play.
+# a gap between them, 0 if they are equal. It keeps variances from 0, so neighbouring latents
+# overlap: what a diffusion model can hit, the decoder can play.
 #
 # Notes differ a hundredfold in level, and each dies away. So a sound is divided by its smooth
 # level, which travels as channel 17.
@@ -752,12 +748,12 @@ def kl_divergence(mean, log_variance):
     """This chapter's KL in nats, mean over all latent values ([12] appendix B)."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
-# --------------------
+# ------------
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
 # magnitudes of a spectrogram forget the phase. Where several phases fit, the decoder plays a dull
-# average. A discriminator learns to hear that, and the decoder to deceive it.
+# average. A discriminator, with --adversarial-from, learns to hear that, the decoder to deceive it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that the weights w_i set the shares:
@@ -823,7 +819,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|, of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -841,7 +837,7 @@ class LossBalancer(nn.Module):
         # The gradient of this sum at `output` is `balanced`.
         ((balanced * output).sum() + sum((free or {}).values())).backward()
 
-# --------------------
+# ------------
 # 8. Data: where do the notes come from?
 #
 # data[i] is a sound [T]. data.labels [N, 3] are its pitch, velocity and source (the instrument),
@@ -866,7 +862,7 @@ class Plucks(Dataset):
         note = torch.arange(count)
         self.valid = note >= count - count // 6
         velocity = torch.randint(25, 128, (count,), generator=torch.Generator().manual_seed(seed))
-        self.labels = torch.stack([40 + note % 37, velocity, 0 * note], dim=1)
+        self.labels = torch.stack([40 + note % 37, velocity, 0 * note], 1)
         tones = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
         self.audio = torch.stack([*map(self.play, range(count), tones)])  # [N, T]
     def play(self, i, tone):
@@ -896,7 +892,7 @@ class Melodies(Plucks):
 
 class AudioFolder(Dataset):
     """Recordings below a folder, cut into half-overlapping sounds. NSynth's names [13], such as
-    guitar_acoustic_004-071-025.wav, give labels. Held out are folders that end in -valid, else a
+    guitar_004-071-025.wav, give labels. Held out are folders that end in -valid, else a
     20th of the files."""
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
@@ -912,7 +908,7 @@ class AudioFolder(Dataset):
             if hidden or folder or runs.intersection(path.parents):
                 continue
             try:
-                # All of it is read: headers lie about the length.
+                # Headers lie about the length.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
@@ -925,7 +921,7 @@ class AudioFolder(Dataset):
         self.seconds = seconds or min(4.0, max(lengths.values()))
         held = {path for path in lengths if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(lengths)):
-            limit = max(12, min(hashes.values()))  # 13 hashes of 256; else the lowest
+            limit = max(12, min(hashes.values()))  # a 20th, or one file
             held = {path for path in lengths if hashes[path] <= limit}
         self.pieces = []
         for path, length in lengths.items():
@@ -992,10 +988,10 @@ class Music2Latent:
 def measure_curves(audio, sample_rate, hop):
     """Envelope, and octaves from middle C (-5: unvoiced), by hop: [B, T] -> [B, 2, L]."""
     tracks = torch.cat([pitch_track(sound[None], sample_rate, hop) for sound in audio])
-    return torch.stack([envelope(audio, hop), (tracks - 60) / 12], dim=1)
+    return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
 def melody_curves(melody, frames_per_note, played):
-    """Curves [2, L] of pitches and None (a rest), as loud as `played` [N, 2, L]."""
+    """Curves [2, L] of pitches and None (a rest) that fade as `played` [N, 2, L] does."""
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -4.9
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
@@ -1014,7 +1010,7 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.new", path)
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Code in it is refused, not run: ValueError."""
+    """What save_checkpoint wrote, on the CPU. ValueError: code in it, which is not run."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
@@ -1029,7 +1025,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     for audio in sounds:
         parts.append(codec.encode(audio.to(device)).cpu())
         if len(parts) % 32 == 0:
-            print(f"encoded {batch * len(parts):,} of {len(data):,} sounds")
+            print(f"encoded {len(parts)} of {len(sounds)} batches")
     z = torch.cat(parts)
     train = ~data.valid
     mean = z[train].mean((0, 2))[:, None]
@@ -1051,7 +1047,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     save_checkpoint(path, **state)
     return state
 
-# --------------------
+# ------------
 # 9. Training: how do we get good weights?
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
@@ -1061,14 +1057,14 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
 
-# rf, edm train at sigma/alpha = e^N(0.5, 1.3^2), [2] at e^N(0, 1): notes survive more noise.
+# Training noise levels sigma/alpha: e^N(0.5, 1.3^2) for rf and edm. [2] has e^N(0, 1).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def learning_rate(step, steps, peak, warmup=200):
-    """Rises to `peak` in `warmup` steps, falls to 0 in the last 30 %."""
-    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.3 * steps))
+    """Rises to `peak` in `warmup` steps, falls to 0 in the last 60 %."""
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.6 * steps))
 
 def warm_average(average, weight, count):
     """EMA, for AveragedModel: a small decay at first forgets the start."""
@@ -1088,7 +1084,7 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if RANK == 0:
-            generator.set_state(state["generator"])  # others draw from their seeds again
+            generator.set_state(state["generator"])  # others: from their seeds
     rows = []
     while done < steps:
         optimiser.param_groups[0]["lr"] = learning_rate(done, steps, lr)
@@ -1186,7 +1182,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
             return {"loss": loss, "of zero": zero, "held out": loss_of(net, valid, 2)}
     return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), settings)
 
-# --------------------
+# ------------
 # 10. Listening and measuring: is it any good?
 #
 # `evaluate` asks three questions, of real notes too.
@@ -1202,8 +1198,6 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
     m: means, C: covariances. Compare only at equal N."""
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a covariance needs at least 2 rows, got {len(a)} and {len(b)}")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))  # [D, D]
     roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
@@ -1269,8 +1263,8 @@ def describe(audio, codec, cond, real=None):
 
 @torch.no_grad()
 def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
-    """Measure sounds: real, copied by the codec, generated at each scale; Frechet distances are of
-    each channel's mean and deviation over a sound. Returns figures, and {name: audio [T]}."""
+    """Measure sounds: real, copied by the codec, generated at each scale. Frechet distances are of
+    channels' means and deviations over a sound. Returns figures, and {name: audio [T]}."""
     data = load_checkpoint(run.folder / "latents.pt")
     a, b = (data["x"][data[half]] for half in ("a", "b"))  # [N, C, L]
     train = data["x"][~data["valid"]][:5000].flatten(1)
@@ -1295,7 +1289,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         for name, value in figures.items():
             result.setdefault(name, {})[kind.removeprefix("w = ")] = value
     print("{count} of each, {sampler} with {steps} steps: {seconds_per_item:.3f} s a sound, and "
-          "{nearest_ratio:.2f} times as far from training as held-out sounds".format(**result))
+          "{nearest_ratio:.2f} times as far from training as those held out".format(**result))
     result["frechet_floor"] = result["frechet"].pop("codec", None)
     for kind in ("real", "codec"):
         result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
@@ -1333,7 +1327,7 @@ def write_sounds(folder, sounds, rate):
                        f'<audio controls src="{path.name}"></audio></figure>\n')
     print(f"listen at {folder / 'index.html'}")
 
-# --------------------
+# ------------
 # 11. The command line
 #
 # A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder.
@@ -1397,14 +1391,13 @@ def build_parser(**saved):
     add("--seconds", type=seconds, help="(default: as in training)")
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
     add("--init-audio", help="sound file to start from")
-    add("--init-noise", type=float, help="its t: 0 is the round trip, at the largest "
-        "nothing is left (default: sigma = alpha)")
+    add("--init-noise", type=float, help="its t, 0 to keep all (default: sigma = alpha)")
     add("--out", type=Path, help="folder (default: samples in the run)")
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
     return top
 
 def prepare(s, folder):
-    """The first half of `train`: codec.pt and latents.pt, by the settings s."""
+    """Make codec.pt and latents.pt, by the settings s."""
     given = {"seconds": s.seconds} if s.seconds else {}
     if s.codec == "music2latent":
         given["sample_rate"] = Music2Latent.sample_rate
@@ -1415,7 +1408,7 @@ def prepare(s, folder):
     best = "note" if data.sources else "control" if s.data == "melodies" else "none"
     s.condition = "none" if s.net == "tutorial" else s.condition or best
     if s.condition == "note" and not data.sources:
-        raise ValueError("--condition note needs names such as guitar_acoustic_004-071-025.wav")
+        raise ValueError("--condition note needs names such as guitar_004-071-025.wav")
     if s.codec == "music2latent":
         codec = Music2Latent(s.seed, s.device)
     else:
@@ -1456,7 +1449,7 @@ def train_run(args, argv):
     if RANK == 0:
         result, sounds = evaluate(Run(folder, s.device), seed=s.seed)
         write_sounds(folder / "samples", sounds, settings["sample_rate"])
-        in_tune = result["pitch_accuracy_codec"]  # None if there are no labels
+        in_tune = result["pitch_accuracy_codec"]  # None without labels
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
         weak = abs(louder) > 6 or in_tune is not None and in_tune < 0.9
         print("verdict: the codec is", "the weak part: start another --run with more --codec-steps"
