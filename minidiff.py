@@ -9,7 +9,7 @@ latents: ask for a pitch, and hear a note that nobody has played. To copy a piec
     python minidiff.py sample --run runs/plucks --pitch 60
 
 The alphabet
-    B batch   T audio samples   C latent channels   L latent frames   D features   N how many
+    B batch  T audio samples  C latent channels  L latent frames  D features  N how many
     Audio is [B, T], mono, float32; latents are [B, C, L]; times are [B].
     x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
     t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
@@ -123,7 +123,7 @@ def toy(steps=3000, seed=0):
 # th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
-# The three x_t differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. (EDM
+# The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. (EDM
 # explains c_skip and c_out. Last: the loss of a net that answers 0, for data of variance 1.)
 #
 #                    alpha       sigma       target                      t             loss
@@ -191,7 +191,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """v = dx_t/d(angle) ([16] appendix D); s keeps sigma(0) > 0.
+    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma > 0.
     Lifts out with: Objective, expand, standard_normal."""
     s: float = 0.008
 
@@ -218,8 +218,8 @@ class VPDiffusion(Objective):
 @dataclass
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7, Table 1); t is the noise level.
-    c_in and c_out give input and target variance 1; c_out scales the net's error, and c_skip makes
-    c_out smallest ([3] B.6).
+    c_in and c_out give input and target variance 1, c_noise is the net's time. c_out scales the
+    net's error: c_skip is the one that makes c_out smallest ([3] B.6).
     Lifts out with: Objective, expand, standard_normal."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
@@ -265,13 +265,13 @@ class EDM(Objective):
 #     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w   (~: proportional).
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
-# unconditional. A network's answer is a(t) score + b(t) x_t. The x_t term is the same in both and
+# unconditional. A network's answer is k(t) score + m(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (p_w, noised, has other scores: samples follow p_w only roughly.)
+# `rescale` undoes that [5]. (A noised p_w has other scores, so samples follow p_w only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
-# mostly too quiet: one latent is the level, and guidance drives all of them too far.
+# at a wrong level, mostly too quiet: it is one channel, and guidance drives all of them too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -349,12 +349,12 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; an error of order h^3, if eta = 0.
-    In lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Noise of variance 2 eta sigma^2 dlambda
-    adds the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the parabola through its
-    last three values, whose derivatives are slope and bend: with g = (1 + eta) h,
+    As dx/dsigma = noise^, in lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Noise of variance
+    2 eta sigma^2 dlambda adds the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the
+    parabola through its last three values; slope and bend are its derivatives: for g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise.
-    (Published codes halve the bend term: order two.)
+    (Published codes halve bend: order two.)
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -381,7 +381,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     return x
 
 def optimise_noise(sample, noise, loss, steps, lr):
-    """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower the scalar loss(sample(noise))."""
+    """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower loss(sample(noise))."""
     noise = noise.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([noise], lr)
     for _ in range(steps):
@@ -409,7 +409,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_t = linear_times(steps, flow_t)  # even in rectified flow's t
-        schedule = flow_t / (1 - flow_t)
+        schedule = flow_t / (1 - flow_t)  # inf at pure noise
         if sampler == "dpmpp_3m_sde":  # even in lambda
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -527,7 +527,7 @@ class UNet1d(nn.Module):
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(pairwise(widths)):
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
-            attend = SelfAttention if i > 0 else nn.Identity  # which ignores heads
+            attend = SelfAttention if i > 0 else nn.Identity  # ignores heads
             self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
             self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
         self.middle = ResidualBlock(widths[-1], widths[-1], wide)
@@ -539,7 +539,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, flag and 8 waves; a cent, 1/1200, turns the last by 2.4 degrees.
+        # A curve, in octaves, gives value, flag and 8 waves: a cent turns the last by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -621,9 +621,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. As the window's
-    autocorrelation is divided out, multiples of the period peak as high as the period: an octave
-    of delay costs 0.04. Lifts out with: envelope."""
+    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. Delays are in
+    1/finer samples. Multiples of the period peak as high as the period, so each octave of delay is
+    charged 0.04. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest
@@ -636,7 +636,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
-    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # else 0
+    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
@@ -698,7 +698,7 @@ class Recurrent(nn.LSTM):
 
 class SnakeVAE(nn.Module):
     """Audio [B, T] <-> latents [B, C, L], L = ceil(T / hop), the last channel ln(level) ([11]
-    section 3.1). Kernels of twice the stride give all samples equally many inputs: others buzz.
+    section 3.1). Kernels are of twice the stride: others buzz.
     Lifts out with: Recurrent, ResidualUnit, Snake."""
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
         super().__init__()
@@ -712,7 +712,7 @@ class SnakeVAE(nn.Module):
             shape = 2 * s, s, (s + 1) // 2  # kernel, stride, padding: T -> T / s
             encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
             decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
-                       nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder
+                       nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder  # deepest first
         encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))
         decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, 1, 1))
@@ -752,15 +752,16 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. Where several phases fit, the decoder plays a dull
-# average. A discriminator, with --adversarial-from, learns to hear that, the decoder to deceive it.
+# magnitudes of a spectrogram forget the phase. We use both; where several sounds fit, the decoder
+# plays their dull average. A discriminator, with --adversarial-from, learns to hear that, and the
+# decoder to fool it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that the weights w_i set the shares:
 #
 #     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>).
 #
-# Try: `python minidiff.py train --run runs/d --codec-steps 100 --adversarial-from 50 --steps 9`.
+# Try: `python minidiff.py train --run runs/d --codec-steps 200 --adversarial-from 100 --steps 9`.
 # It will not play yet, but its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
 
 def stft(audio, size):
@@ -819,7 +820,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|, 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -942,10 +943,10 @@ class AudioFolder(Dataset):
 
 NSYNTH_URL = ("https://media.githubusercontent.com/media/SonyCSLParis/test-lfs/refs/heads/master/"
               "NSYNTH_GUITAR_MP3.zip")
-NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a"  # its first half
+NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a"
 
 def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
-    """Fetch NSynth's guitars (mp3, 335 MB); returns their folder."""
+    """Fetch NSynth's guitars; returns their folder."""
     target = Path(folder, "NSYNTH_GUITAR_MP3")
     if target.exists():
         return target
@@ -1010,7 +1011,7 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.new", path)
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. ValueError: code in it, which is not run."""
+    """What save_checkpoint wrote, on the CPU. ValueError for a file that would run code."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
@@ -1037,7 +1038,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))
+    pairs = max(1, min(185, len(held) // 2))  # a, b: by turns
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1184,8 +1185,6 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 
 # ------------
 # 10. Listening and measuring: is it any good?
-#
-# `evaluate` asks three questions, of real notes too.
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
 #     Like the data?  Level, harmonics to noise, and the Frechet distance to half of the held-out
@@ -1452,7 +1451,7 @@ def train_run(args, argv):
         in_tune = result["pitch_accuracy_codec"]  # None without labels
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
         weak = abs(louder) > 6 or in_tune is not None and in_tune < 0.9
-        print("verdict: the codec is", "the weak part: start another --run with more --codec-steps"
+        print("verdict: the codec is", "the weak part: train another --run with more --codec-steps"
               if weak else "good: if notes are not, --resume with more --steps")
 
 @torch.no_grad()
