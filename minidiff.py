@@ -1,4 +1,4 @@
-"""minidiff: audio latent diffusion in one file that you can read, run, and take apart.
+"""minidiff: audio latent diffusion in one file to read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
 latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
@@ -10,7 +10,7 @@ latents: ask for a pitch, and hear a note that nobody has played. To copy a piec
 
 The alphabet
     B batch  T audio samples  C latent channels  L latent frames  D features  N how many
-    Audio is [B, T], mono, float32; latents are [B, C, L]; times are [B].
+    Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
     x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
     t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
     w is the guidance scale: 1 is none, 0 ignores the condition.
@@ -116,15 +116,15 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  (alpha x_0^ - x_t) / sigma^2    the gradient of ln p(x_t) ([3] eq. 3)
+#     score     =  -noise^ / sigma                 the gradient of ln p(x_t) ([3] eq. 3)
 #
 # Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
 # th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
-# The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. (EDM
-# explains c_skip and c_out. Last: the loss of a net that answers 0, for data of variance 1.)
+# The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The
+# class EDM explains c_skip and c_out. The last column is the loss of a net that answers 0.
 #
 #                    alpha       sigma       target                      t             loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
@@ -271,7 +271,7 @@ class EDM(Objective):
 # `rescale` undoes that [5]. (A noised p_w has other scores, so samples follow p_w only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
-# at a wrong level, mostly too quiet: it is one channel, and guidance drives all of them too far.
+# mostly too quiet: the level is one latent channel, and guidance drives all of them too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -348,12 +348,12 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; an error of order h^3, if eta = 0.
-    As dx/dsigma = noise^, in lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Noise of variance
-    2 eta sigma^2 dlambda adds the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise: third order, if eta = 0.
+    As dx/dsigma = noise^, in lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Fresh noise, q =
+    eta sigma^2 above, needs the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the
     parabola through its last three values; slope and bend are its derivatives: for g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
-             + sigma_next sqrt(1 - e^(-2 eta h)) noise.
+             + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
     (Published codes halve bend: order two.)
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
@@ -408,8 +408,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if schedule is None:
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
-        flow_t = linear_times(steps, flow_t)  # even in rectified flow's t
-        schedule = flow_t / (1 - flow_t)  # inf at pure noise
+        flow_times = linear_times(steps, flow_t)  # even in rectified flow's t
+        schedule = flow_times / (1 - flow_times)  # inf at pure noise
         if sampler == "dpmpp_3m_sde":  # even in lambda
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -503,8 +503,8 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Sequential(FrameNorm(D), nn.Conv1d(D, 3 * D, 1))
         self.out = nn.Conv1d(D, D, 1)
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1)).mT
-        mixed = F.scaled_dot_product_attention(*qkv.unbind(1))  # [B, heads, L, D/heads]
+        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1)).mT  # [B, 3, heads, L, D/heads]
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(1))
         return x + self.out(mixed.mT.flatten(1, 2))
 
 class UNet1d(nn.Module):
@@ -527,7 +527,7 @@ class UNet1d(nn.Module):
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(pairwise(widths)):
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
-            attend = SelfAttention if i > 0 else nn.Identity  # ignores heads
+            attend = SelfAttention if i > 0 else nn.Identity  # Identity ignores heads
             self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
             self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
         self.middle = ResidualBlock(widths[-1], widths[-1], wide)
@@ -539,7 +539,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve, in octaves, gives value, flag and 8 waves: a cent turns the last by 2.4 degrees.
+        # A curve gives value, flag, 8 waves. In octaves, a cent turns the last by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -621,9 +621,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. Delays are in
-    1/finer samples. Multiples of the period peak as high as the period, so each octave of delay is
-    charged 0.04. Lifts out with: envelope."""
+    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
+    finer: delays in a sample. Multiples of the period peak as high as the period, so each octave
+    of delay is charged 0.04. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest
@@ -634,7 +634,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         # From the power spectrum; zeros behind it give finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # undo its fall
     r = r / r[..., :1].clamp_min(1e-12)
     peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
@@ -712,7 +712,7 @@ class SnakeVAE(nn.Module):
             shape = 2 * s, s, (s + 1) // 2  # kernel, stride, padding: T -> T / s
             encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
             decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
-                       nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder  # deepest first
+                       nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder
         encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))
         decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, 1, 1))
@@ -776,7 +776,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     total = 0.0
     for size in sizes:
         S_e, S_t = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(S_t.shape[1])  # norm, if all magnitudes are 10 floor
+        silent = 10 * floor * math.sqrt(S_t.shape[1])  # no large quotient for silence
         total += (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
         total += ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -898,7 +898,7 @@ class AudioFolder(Dataset):
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
-        runs = {path.parent for path in Path(root).rglob("model.pt")}
+        runs = {path.parent for path in Path(root).rglob("model.pt")}  # not their sounds
         rates = []
         lengths = {}
         hashes = {}
@@ -922,7 +922,7 @@ class AudioFolder(Dataset):
         self.seconds = seconds or min(4.0, max(lengths.values()))
         held = {path for path in lengths if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(lengths)):
-            limit = max(12, min(hashes.values()))  # a 20th, or one file
+            limit = max(12, min(hashes.values()))  # a 20th
             held = {path for path in lengths if hashes[path] <= limit}
         self.pieces = []
         for path, length in lengths.items():
@@ -956,7 +956,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{url}: {error}") from None
     zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")
-    os.replace(f"{target}.new", target)  # all of it, or nothing
+    os.replace(f"{target}.new", target)  # all or nothing
     return target
 
 class Music2Latent:
@@ -1038,7 +1038,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # a, b: by turns
+    pairs = max(1, min(185, len(held) // 2))
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1063,20 +1063,21 @@ OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-def learning_rate(step, steps, peak, warmup=200):
-    """Rises to `peak` in `warmup` steps, falls to 0 in the last 60 %."""
-    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (0.6 * steps))
+def learning_rate(step, steps, peak, fall, warmup=200):
+    """Rises to `peak` in `warmup` steps, falls to 0 in the last share `fall`."""
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / (fall * steps))
 
-def warm_average(average, weight, count):
+def warm_average(averages, weights, count):
     """EMA, for AveragedModel: a small decay at first forgets the start."""
-    decay = ((1 + count) / (10 + count)).clamp(max=0.998)
-    return decay * average + (1 - decay) * weight
+    decay = min((1 + count.item()) / (10 + count.item()), 0.998)
+    for average, weight in zip(averages, weights):
+        average.lerp_(weight, 1 - decay)
 
-def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **parts):
+def fit(what, net, learn, steps, path, lr, generator, betas, fall, settings, **parts):
     """Train net up to step `steps`, from the checkpoint at `path`, if any; returns its average.
     learn(step) -> {name: scalar} runs forward and backward. parts: what else has a state."""
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas, weight_decay=0.0, fused=True)
-    average = AveragedModel(net, avg_fn=warm_average)
+    average = AveragedModel(net, multi_avg_fn=warm_average)
     parts |= {"net": net, "optimiser": optimiser, "average": average}
     done = 0
     if path.exists():
@@ -1088,7 +1089,7 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings=None, **pa
             generator.set_state(state["generator"])  # others: from their seeds
     rows = []
     while done < steps:
-        optimiser.param_groups[0]["lr"] = learning_rate(done, steps, lr)
+        optimiser.param_groups[0]["lr"] = learning_rate(done, steps, lr, fall)
         optimiser.zero_grad()
         seen = learn(done)
         seen["gradient norm"] = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -1146,7 +1147,7 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
             losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
         return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
-    return fit("codec", codec, learn, steps, path, lr, generator, (0.8, 0.99), settings,
+    return fit("codec", codec, learn, steps, path, lr, generator, (0.8, 0.99), 0.6, settings,
                judge=judge, judge_optimiser=judge_optimiser, balancer=balancer)
 
 def drop_conditions(cond, generator, p=0.1):
@@ -1181,7 +1182,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
         with torch.no_grad():
             zero = loss_of(lambda x, t, **cond: 0 * x, valid, 2)
             return {"loss": loss, "of zero": zero, "held out": loss_of(net, valid, 2)}
-    return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), settings)
+    return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), 0.3, settings)
 
 # ------------
 # 10. Listening and measuring: is it any good?
@@ -1363,9 +1364,9 @@ def build_parser(**saved):
     measure = commands.add_parser("evaluate", help="measure a run")
     for command in (train, sample, measure):
         add = command.add_argument
-        add("--run", required=command != train, help="folder of the run")
-        add("--device", choices={"cpu", gpu}, default=gpu, help=f"(default {gpu})")
-        add("--seed", type=int, default=0, help="(default 0)")
+        add("--run", required=command != train, help="its folder")
+        add("--device", choices={"cpu", gpu}, default=gpu)
+        add("--seed", type=int, default=0)
         if command != train:
             add("--sampler", choices=["euler", "heun", "dpmpp_3m_sde"], default="heun")
             add("--steps", type=count, default=9, help="(default 9)")
@@ -1375,7 +1376,7 @@ def build_parser(**saved):
     add("--codec", choices=["vae", "music2latent"], help="(vae for built-in data)")
     add("--net", choices=["unet", "tutorial"], default="unet")
     add("--objective", choices=OBJECTIVES, default="rf")
-    add("--condition", choices=["note", "control", "none"], help="(default: what the data have)")
+    add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
     add("--codec-steps", type=count, default=4400, help="(default 4400)")
     add("--steps", type=count, default=1800, help="of the model (default 1800)")
     add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's is 0.4 of it)")
@@ -1386,7 +1387,7 @@ def build_parser(**saved):
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
     add("--melody", type=note, nargs="+", help="MIDI pitches, r for a rest")
     add("--beat", type=seconds, default=0.5, help="seconds a note (default 0.5)")
-    add("--count", type=count, default=1, help="for each pitch (default 1)")
+    add("--count", type=count, default=1, help="for each pitch")
     add("--seconds", type=seconds, help="(default: as in training)")
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
     add("--init-audio", help="sound file to start from")
@@ -1396,7 +1397,7 @@ def build_parser(**saved):
     return top
 
 def prepare(s, folder):
-    """Make codec.pt and latents.pt, by the settings s."""
+    """Make codec.pt and latents.pt."""
     given = {"seconds": s.seconds} if s.seconds else {}
     if s.codec == "music2latent":
         given["sample_rate"] = Music2Latent.sample_rate
@@ -1460,7 +1461,7 @@ def sample_run(args):
     settings = run.settings
     condition = settings["condition"]
     learnt = settings["frames"]
-    rate = run.codec.sample_rate / run.codec.hop  # frames per second
+    rate = run.codec.sample_rate / run.codec.hop  # frames a second
     if args.pitch and condition != "note" or args.melody and condition != "control":
         raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
     if args.melody and args.init_audio or args.init_noise is not None and not args.init_audio:

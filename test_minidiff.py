@@ -666,13 +666,12 @@ def test_encode_all(tmp_path):
 
 def test_learning_rate_and_warm_average():
     """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/11, 1 - 2/11 3/12; at most 0.998."""
-    rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 99, 300, 700, 1000)]
+    rates = [m.learning_rate(step, 1000, 1.0, 0.3) for step in (0, 99, 500, 850, 1000)]
     assert near(rates, [0.005, 0.5, 1, 0.5, 0])
-    weights = [torch.zeros(1), torch.ones(1)]
-    one = m.warm_average(*weights, torch.tensor(1))
-    assert near(one, 9 / 11)
-    assert near(m.warm_average(one, weights[1], torch.tensor(2)), 21 / 22)
-    assert near(m.warm_average(weights[1], weights[0], torch.tensor(10 ** 6)), 0.998)
+    average = [torch.zeros(1)]
+    for value, count, mean in ((1, 1, 9 / 11), (1, 2, 21 / 22), (0, 10 ** 6, 0.998 * 21 / 22)):
+        m.warm_average(average, [torch.full((1,), float(value))], torch.tensor(count))
+        assert near(average[0], mean)
 
 def read_log(folder):
     return {row[2]: float(row[3]) for row in csv.reader((folder / "log.csv").open())}
@@ -684,7 +683,7 @@ def test_fit(tmp_path):
     def learn(step, slope=1000.0):
         (slope * net.weight.sum()).backward()
         return {"loss": torch.tensor(slope)}
-    given = (1e-3, seeded(), (0.9, 0.99))
+    given = (1e-3, seeded(), (0.9, 0.99), 0.3, None)
     average = m.fit("it", net, learn, 1, tmp_path / "a.pt", *given)
     assert near(net.weight * 1e3, -1 / 200)
     assert torch.equal(average.weight, net.weight)
@@ -733,7 +732,7 @@ def test_train_diffusion(tmp_path):
 
 def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
     """2 steps and 2 more equal 4 at a constant rate, bit for bit: model and codec."""
-    monkeypatch.setattr(m, "learning_rate", lambda step, steps, peak: peak)
+    monkeypatch.setattr(m, "learning_rate", lambda step, steps, peak, fall: peak)
     audio = m.Plucks(12, seconds=0.25).audio
     for name, steps in (("one", 4), ("two", 2), ("two", 4)):
         learn_latents(tmp_path / f"{name}.pt", steps, Watched())
