@@ -984,7 +984,7 @@ class Music2Latent:
             for item in latents.to(self.device).split(1):
                 torch.manual_seed(self.seed)
                 audio.append(self.model.decode(item))
-        return torch.cat(audio).to(latents.device)
+        return torch.cat(audio).float().to(latents.device)
 
 def measure_curves(audio, sample_rate, hop):
     """Envelope, and octaves from middle C (-5: unvoiced), by hop: [B, T] -> [B, 2, L]."""
@@ -1381,7 +1381,7 @@ def build_parser(**saved):
     add("--steps", type=count, default=1800, help="of the model (default 1800)")
     add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's is 0.4 of it)")
     add("--adversarial-from", type=count, help="codec step at which the judge joins")
-    add("--resume", action="store_true", help="go on with a run")
+    add("--resume", action="store_true", help="go on")
     train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
     add = sample.add_argument
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
@@ -1391,7 +1391,7 @@ def build_parser(**saved):
     add("--seconds", type=seconds, help="(default: as in training)")
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
     add("--init-audio", help="sound file to start from")
-    add("--init-noise", type=float, help="its t, 0 to keep all (default: sigma = alpha)")
+    add("--init-noise", type=float, help="its t, 0 keeps all (default: sigma = alpha)")
     add("--out", type=Path, help="folder (default: samples in the run)")
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
     return top
