@@ -63,7 +63,7 @@ from torch.utils.data import DataLoader, Dataset
 # Try: `python minidiff.py toy`. Then put 200 training steps for 3000: the moons blur.
 
 def toy(steps=3000, seed=0):
-    """Learn two half moons and draw them: shares of samples and data within 0.1 of a moon."""
+    """Learn two half moons, draw them, return the shares within 0.1 of a moon."""
     torch.manual_seed(seed)
 
     def moons(n, blur=0.05):
@@ -116,7 +116,8 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  -noise^ / sigma                 the gradient of ln p(x_t) ([3] eq. 3)
+#     score     =  -noise^ / sigma                 the gradient of ln p(x_t): the mean of
+#                                                  -noise / sigma, that of ln p(x_t | x_0)
 #
 # Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
@@ -124,7 +125,7 @@ def toy(steps=3000, seed=0):
 #
 # Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
 # The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The
-# class EDM explains c_skip and c_out. The last column is the loss of a net that answers 0.
+# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for unit variance.
 #
 #                    alpha       sigma       target                      t             loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
@@ -191,7 +192,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma > 0.
+    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma / alpha > 0.
     Lifts out with: Objective, expand, standard_normal."""
     s: float = 0.008
 
@@ -268,10 +269,10 @@ class EDM(Objective):
 # unconditional. A network's answer is k(t) score + m(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (A noised p_w has other scores, so samples follow p_w only roughly.)
+# `rescale` undoes that [5]. (A noised p_w has not quite these scores: p_w comes roughly.)
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, but
-# mostly too quiet: the level is one latent channel, and guidance drives all of them too far.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, at
+# a wrong level, here too low: it is one latent channel, and guidance drives all of them too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -348,10 +349,10 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise: third order, if eta = 0.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
     As dx/dsigma = noise^, in lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Fresh noise, q =
-    eta sigma^2 above, needs the drift eta (x_0^ - x). A step of h is exact if x_0^ follows the
-    parabola through its last three values; slope and bend are its derivatives: for g = (1 + eta) h,
+    eta sigma^2 above, needs the drift eta (x_0^ - x). A step h of lambda is exact if x_0^ follows
+    the parabola through its last three values, of derivatives slope and bend: for g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
     (Published codes halve bend: order two.)
@@ -395,7 +396,6 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     schedule: noise levels sigma/alpha instead of `steps`, such as karras_times(18, 0.002, 80).
     init [B, C, L]: starts from it, noised to time init_noise, by default where sigma = alpha.
     keep [L], bool: frames of init that stay.  noise: starts from it, with gradients.
-    ValueError: wrong init_noise.
     Lifts out with: dpmpp_3m_sde, euler, expand, heun, linear_times, polyexponential_times,
     standard_normal."""
     start = objective.t_max
@@ -549,7 +549,7 @@ class UNet1d(nn.Module):
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
-        for skip, (block, attend) in zip(skips[::-1], self.up):
+        for skip, (block, attend) in zip(skips[:0:-1], self.up):
             x = F.interpolate(x, skip.shape[2])
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
@@ -573,7 +573,7 @@ def resample(audio, from_rate, to_rate):
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # FFTs wrap round: silence after the end
+    seconds = math.ceil(1.1 * T / from_rate)  # whole; with silence, as FFTs wrap round
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -622,7 +622,7 @@ def envelope(audio, hop):
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
-    finer: delays in a sample. Multiples of the period peak as high as the period, so each octave
+    finer: delays per sample. Multiples of the period peak as high as the period, so each octave
     of delay is charged 0.04. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
@@ -634,7 +634,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         # From the power spectrum; zeros behind it give finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # undo its fall
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # which falls too
     r = r / r[..., :1].clamp_min(1e-12)
     peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
@@ -820,7 +820,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|, 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -1238,7 +1238,7 @@ def describe(audio, codec, cond, real=None):
     """Figures of sounds [N, T] that `cond` asked for, or that copy the `real` ones."""
     rate = codec.sample_rate
     tracks = [periodicity(sound[None], rate, rate // 60, low=20.0) for sound in audio]
-    pitch, r = map(torch.cat, zip(*tracks))  # [N, frames]
+    pitch, r = map(torch.cat, zip(*tracks))
     r = r[pitch > 0]
     figures = {"level_db": 10 * audio.square().mean(1).clamp_min(1e-12).log10().mean(),
                "harmonics_db": 10 * (r / (1 - r).clamp_min(1e-5)).log10().mean()}
@@ -1277,13 +1277,13 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         x = generate(GuidedNet(run.net, w), run.objective, b.shape, sampler, steps, seed,
                      device=run.device, **cond).cpu()
         kinds[f"w = {w:g}"] = (x, run.decode(x))
-        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
+        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))  # first w
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
     for kind, (x, audio) in kinds.items():
         figures = describe(audio, run.codec, cond, data["real"] if kind == "codec" else None)
         if kind != "real" and len(b) > 1:
-            features = [torch.cat(torch.std_mean(z, 2), dim=1) for z in (x, a)]
+            features = [torch.cat(torch.std_mean(z, 2), 1) for z in (x, a)]
             figures["frechet"] = frechet_distance(*features)
         print(f"  {kind:6}", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         for name, value in figures.items():
@@ -1300,7 +1300,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
 
 def save_spectrogram(path, audio, rate, columns=320, top=3000):
     """Draw audio [T] as a bitmap: 0 to `top` Hz upwards, white 80 dB below the loudest."""
-    size = 2 ** round(math.log2(rate / 16))  # 1/16 s
+    size = 2 ** round(math.log2(rate / 16))
     S = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
     decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
     pixels = (decibels * -255 / 80).byte().repeat_interleave(3, dim=1).numpy().tobytes()
@@ -1358,7 +1358,7 @@ def build_parser(**saved):
         gpu = torch.accelerator.current_accelerator().type
     top = Parser(prog="minidiff.py", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("toy", help="the whole idea in ten seconds")
+    commands.add_parser("toy", help="the idea in ten seconds")
     train = commands.add_parser("train", help="train a codec and a model")
     sample = commands.add_parser("sample", help="make sounds")
     measure = commands.add_parser("evaluate", help="measure a run")
@@ -1379,8 +1379,8 @@ def build_parser(**saved):
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
     add("--codec-steps", type=count, default=4400, help="(default 4400)")
     add("--steps", type=count, default=1800, help="of the model (default 1800)")
-    add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's is 0.4 of it)")
-    add("--adversarial-from", type=count, help="codec step at which the judge joins")
+    add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's: 0.4 of it)")
+    add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on")
     train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
     add = sample.add_argument
@@ -1449,7 +1449,7 @@ def train_run(args, argv):
     if RANK == 0:
         result, sounds = evaluate(Run(folder, s.device), seed=s.seed)
         write_sounds(folder / "samples", sounds, settings["sample_rate"])
-        in_tune = result["pitch_accuracy_codec"]  # None without labels
+        in_tune = result["pitch_accuracy_codec"]
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
         weak = abs(louder) > 6 or in_tune is not None and in_tune < 0.9
         print("verdict: the codec is", "the weak part: train another --run with more --codec-steps"
@@ -1495,7 +1495,7 @@ def sample_run(args):
     write_sounds(args.out or run.folder / "samples", sounds, settings["sample_rate"])
 
 def main(argv=None):
-    """Run a command. A mistake exits with status 2, an interrupt with 130."""
+    """A mistake exits with status 2, an interrupt with 130."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
