@@ -116,8 +116,8 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  -noise^ / sigma                 the gradient of ln p(x_t): the mean of
-#                                                  -noise / sigma, that of ln p(x_t | x_0)
+#     score     =  -noise^ / sigma                 the gradient of ln p(x_t), the mean of the
+#                                                  gradient -noise / sigma of ln p(x_t | x_0)
 #
 # Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
@@ -269,7 +269,7 @@ class EDM(Objective):
 # unconditional. A network's answer is k(t) score + m(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (A noised p_w has not quite these scores: p_w comes roughly.)
+# `rescale` undoes that [5]. (A noised p_w has other scores than this mixture: p_w comes roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, at
 # a wrong level, here too low: it is one latent channel, and guidance drives all of them too far.
@@ -350,9 +350,9 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
-    As dx/dsigma = noise^, in lambda = -ln sigma the ODE is dx/dlambda = x_0^ - x. Fresh noise, q =
-    eta sigma^2 above, needs the drift eta (x_0^ - x). A step h of lambda is exact if x_0^ follows
-    the parabola through its last three values, of derivatives slope and bend: for g = (1 + eta) h,
+    With lambda = -ln sigma, the ODE dx/dsigma = noise^ is dx/dlambda = x_0^ - x. Fresh noise, q =
+    eta sigma^2 above, makes that (1 + eta) (x_0^ - x) + noise. A step h of lambda solves it exactly
+    if x_0^ is on the parabola through its last three values: with g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
     (Published codes halve bend: order two.)
@@ -363,7 +363,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
         if sigma_next == 0:
             return x_0
         past = [(-math.log(sigma), x_0)] + past[:2]
-        slope = bend = 0
+        slope = bend = 0  # first and second derivative of x_0^
         if len(past) > 1:
             (l0, _), (l1, old) = past[:2]
             slope = (x_0 - old) / (l0 - l1)
@@ -409,7 +409,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)  # even in rectified flow's t
-        schedule = flow_times / (1 - flow_times)  # inf at pure noise
+        schedule = flow_times / (1 - flow_times)  # sigma / alpha, inf at pure noise
         if sampler == "dpmpp_3m_sde":  # even in lambda
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -634,7 +634,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         # From the power spectrum; zeros behind it give finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # which falls too
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # its fall
     r = r / r[..., :1].clamp_min(1e-12)
     peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
@@ -697,9 +697,8 @@ class Recurrent(nn.LSTM):
         return x + super().forward(x.permute(2, 0, 1))[0].permute(1, 2, 0)
 
 class SnakeVAE(nn.Module):
-    """Audio [B, T] <-> latents [B, C, L], L = ceil(T / hop), the last channel ln(level) ([11]
-    section 3.1). Kernels are of twice the stride: others buzz.
-    Lifts out with: Recurrent, ResidualUnit, Snake."""
+    """Audio [B, T] <-> latents [B, C, L], L = ceil(T / hop) ([11] section 3.1); the last channel is
+    ln(level). Lifts out with: Recurrent, ResidualUnit, Snake."""
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
         super().__init__()
         self.sample_rate = sample_rate
@@ -1277,7 +1276,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         x = generate(GuidedNet(run.net, w), run.objective, b.shape, sampler, steps, seed,
                      device=run.device, **cond).cpu()
         kinds[f"w = {w:g}"] = (x, run.decode(x))
-        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))  # first w
+        result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
     for kind, (x, audio) in kinds.items():
