@@ -566,7 +566,7 @@ class UNet1d(nn.Module):
 # repeat, so the peak's height r (1 at delay 0) is the harmonic share of the power (Boersma, IFA
 # Proceedings 17, 1993).
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch that it hears.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch it hears.
 
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
@@ -622,8 +622,8 @@ def envelope(audio, hop):
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
-    finer: delays per sample. Multiples of the period peak as high as the period, so each octave
-    of delay is charged 0.04. Lifts out with: envelope."""
+    finer: delays per sample. The window's autocorrelation is divided out, so multiples of the
+    period peak as high as it; an octave of delay costs 0.04. Lifts out with: envelope."""
     longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest
@@ -631,10 +631,10 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
     def correlate(x):
-        # From the power spectrum; zeros behind it give finer delays.
+        # From the power spectrum; zeros after it refine delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # its fall
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
     peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
     octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
