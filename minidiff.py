@@ -363,7 +363,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
         if sigma_next == 0:
             return x_0
         past = [(-math.log(sigma), x_0)] + past[:2]
-        slope = bend = 0  # first and second derivative of x_0^
+        slope = bend = 0  # derivatives of x_0^
         if len(past) > 1:
             (l0, _), (l1, old) = past[:2]
             slope = (x_0 - old) / (l0 - l1)
@@ -1228,7 +1228,7 @@ class Run:
         average.load_state_dict(load_checkpoint(self.folder / name)["average"])
         return average.module.to(self.device).eval()
     def decode(self, x):
-        """x_0 [B, C, L] -> audio [B, T] on the CPU."""
+        """x_0 [B, C, L] -> audio [B, T]."""
         latents = x.cpu() * self.settings["std"] + self.settings["mean"]
         parts = [self.codec.decode(part.to(self.device)) for part in latents.split(16)]
         return torch.cat(parts).cpu()
@@ -1246,7 +1246,7 @@ def describe(audio, codec, cond, real=None):
         close = (note_pitch(pitch) - asked).abs() < 0.5
         figures["pitch_accuracy"] = close[asked >= 0].float().mean()
     if "controls" in cond:
-        loud, octaves = cond["controls"].unbind(1)  # [N, L]
+        loud, octaves = cond["controls"].unbind(1)
         heard = measure_curves(audio, rate, codec.hop)[..., :loud.shape[1]]
         both = torch.stack([heard[:, 0], loud]).flatten(1)
         close = (heard[:, 1] - octaves).abs() < 0.5 / 12
@@ -1255,7 +1255,7 @@ def describe(audio, codec, cond, real=None):
     if real is not None:
         T = min(audio.shape[1], real.shape[1])
         S_e, S_t = (stft(sounds[:, :T], 1024).abs() for sounds in (audio, real))
-        floor = 1e-3 * S_t.amax((1, 2), keepdim=True) + 1e-9  # 60 dB below
+        floor = 1e-3 * S_t.amax((1, 2), keepdim=True) + 1e-9
         decibels = 20 * (S_e.maximum(floor) / S_t.maximum(floor)).log10()
         figures["spectral_distance_db"] = decibels.square().mean(1).sqrt().mean()
     return {name: value.item() for name, value in figures.items() if value.isfinite()}
@@ -1363,7 +1363,7 @@ def build_parser(**saved):
     measure = commands.add_parser("evaluate", help="measure a run")
     for command in (train, sample, measure):
         add = command.add_argument
-        add("--run", required=command != train, help="its folder")
+        add("--run", required=command != train, help="folder of the run")
         add("--device", choices={"cpu", gpu}, default=gpu)
         add("--seed", type=int, default=0)
         if command != train:
@@ -1373,25 +1373,25 @@ def build_parser(**saved):
     add("--data", default="plucks", help="plucks, melodies, nsynth (335 MB) or a folder")
     add("--seconds", type=seconds, help="of a sound (default: up to 4)")
     add("--codec", choices=["vae", "music2latent"], help="(vae for built-in data)")
-    add("--net", choices=["unet", "tutorial"], default="unet")
-    add("--objective", choices=OBJECTIVES, default="rf")
+    add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
+    add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
     add("--codec-steps", type=count, default=4400, help="(default 4400)")
     add("--steps", type=count, default=1800, help="of the model (default 1800)")
     add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's: 0.4 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
-    add("--resume", action="store_true", help="go on")
+    add("--resume", action="store_true", help="go on with the run")
     train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
     add = sample.add_argument
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
-    add("--melody", type=note, nargs="+", help="MIDI pitches, r for a rest")
+    add("--melody", type=note, nargs="+", help="pitches, r for a rest")
     add("--beat", type=seconds, default=0.5, help="seconds a note (default 0.5)")
     add("--count", type=count, default=1, help="for each pitch")
     add("--seconds", type=seconds, help="(default: as in training)")
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
     add("--init-audio", help="sound file to start from")
     add("--init-noise", type=float, help="its t, 0 keeps all (default: sigma = alpha)")
-    add("--out", type=Path, help="folder (default: samples in the run)")
+    add("--out", type=Path, help="(default: samples in the run)")
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
     return top
 
