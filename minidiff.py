@@ -132,8 +132,8 @@ def toy(steps=3000, seed=0):
 #     VPDiffusion    cos(angle)  sin(angle)  alpha noise - sigma x_0     0 to 1        1
 #     EDM            1           t           (x_0 - c_skip x_t) / c_out  0 to 80       1
 #
-# Try: `python -c "import torch, minidiff as m; print(m.EDM().loss(lambda x, t: 0 * x,
-# torch.randn(9999, 8)))"`, and with RectifiedFlow(): the table's losses.
+# Try: `python -c "from minidiff import *; print(EDM().loss(lambda x, t: 0*x, torch.ones(99, 99)))"`
+# and with RectifiedFlow(): the table's losses.
 
 def expand(t, x):
     """t, a float or [B], as [B, 1, ...] for x [B, ...]."""
@@ -269,10 +269,10 @@ class EDM(Objective):
 # unconditional. A network's answer is k(t) score + m(t) x_t. The x_t term is the same in both and
 # the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (A noised p_w has other scores than this mixture: p_w comes roughly.)
+# `rescale` undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, at
-# a wrong level, here too low: it is one latent channel, and guidance drives all of them too far.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, too
+# quiet: the level is a latent channel (chapter 6), and guidance drives all too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -309,9 +309,9 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
-# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt > 0,
-# noise of variance 2 q dt spreads a density, and a push (drift) of q score dt undoes it. So every
-# x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
+# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt,
+# noise of variance 2 q dt spreads a density as a velocity of -q score does, so a push of q score dt
+# undoes it: every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -539,12 +539,12 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, flag, 8 waves. In octaves, a cent turns the last by 2.4 degrees.
+        # A curve gives value, flag, 8 waves: in octaves, a cent turns the last by 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
-        position = time_embedding(frame / 1000, self.width)  # takes 1000 t
+        position = time_embedding(frame / 1000, self.width)  # undoes its 1000
         skips = [self.enter(x) + self.position(position).T]
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
@@ -573,7 +573,7 @@ def resample(audio, from_rate, to_rate):
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # whole; with silence, as FFTs wrap round
+    seconds = math.ceil(1.1 * T / from_rate)  # whole; and FFTs wrap round
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -623,28 +623,28 @@ def envelope(audio, hop):
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
     finer: delays per sample. The window's autocorrelation is divided out, so multiples of the
-    period peak as high as it; an octave of delay costs 0.04. Lifts out with: envelope."""
-    longest = math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
+    period peak as high: an octave of delay costs 0.04. Lifts out with: envelope."""
+    longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
-    width = 4 * longest
+    width = 4 * longest // finer
     left = (width - hop) // 2
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
     def correlate(x):
-        # From the power spectrum; zeros after it refine delays.
+        # From the power; zeros after it refine delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        return torch.fft.irfft(power, n=2 * width * finer)[..., :finer * longest + 2]
+        return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
     peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
-    octaves = torch.arange(shortest, finer * longest + 1).to(audio).log2()
+    octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
     top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # of a parabola
     pitch = 69 + 12 * torch.log2(sample_rate * finer / 440 / (best + top)[..., 0])
     loud = envelope(audio, hop)
     r = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
-    return pitch * (r > 0.5), r
+    return torch.where(r > 0.5, pitch, 0.0), r
 
 def pitch_track(audio, sample_rate, hop, low=34.0):
     """The pitch of `periodicity`: [B, T] -> [B, L]. Lifts out with: envelope, periodicity."""
@@ -670,8 +670,8 @@ def note_pitch(track):
 # Notes differ a hundredfold in level, and each dies away. So a sound is divided by its smooth
 # level, which travels as channel 17.
 #
-# Try: `python minidiff.py sample --run runs/plucks --init-audio runs/plucks/samples/real_1.wav
-# --init-noise 0`. You hear the codec's round trip.
+# Try: `python minidiff.py sample --run runs/plucks --init-noise 0 --init-audio
+# runs/plucks/samples/real_1.wav`. You hear the codec's round trip.
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, one learned a > 0 per channel ([10] eq. 3): [B, D, T] -> same.
@@ -819,7 +819,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # of |g_i|, of 1: see mean
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -921,7 +921,7 @@ class AudioFolder(Dataset):
         self.seconds = seconds or min(4.0, max(lengths.values()))
         held = {path for path in lengths if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(lengths)):
-            limit = max(12, min(hashes.values()))  # a 20th
+            limit = max(12, min(hashes.values()))  # 13/256
             held = {path for path in lengths if hashes[path] <= limit}
         self.pieces = []
         for path, length in lengths.items():
@@ -942,7 +942,7 @@ class AudioFolder(Dataset):
 
 NSYNTH_URL = ("https://media.githubusercontent.com/media/SonyCSLParis/test-lfs/refs/heads/master/"
               "NSYNTH_GUITAR_MP3.zip")
-NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a"
+NSYNTH_SHA256 = "cbabb3ba2ce81c28982eb41c3ba5127a"  # its first half
 
 def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
     """Fetch NSynth's guitars; returns their folder."""
@@ -1072,7 +1072,7 @@ def warm_average(averages, weights, count):
     for average, weight in zip(averages, weights):
         average.lerp_(weight, 1 - decay)
 
-def fit(what, net, learn, steps, path, lr, generator, betas, fall, settings, **parts):
+def fit(what, net, learn, steps, path, lr, generator, betas, settings, fall, **parts):
     """Train net up to step `steps`, from the checkpoint at `path`, if any; returns its average.
     learn(step) -> {name: scalar} runs forward and backward. parts: what else has a state."""
     optimiser = torch.optim.AdamW(net.parameters(), lr, betas, weight_decay=0.0, fused=True)
@@ -1146,7 +1146,7 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
             losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
         return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
-    return fit("codec", codec, learn, steps, path, lr, generator, (0.8, 0.99), 0.6, settings,
+    return fit("codec", codec, learn, steps, path, lr, generator, (0.8, 0.99), settings, fall=0.6,
                judge=judge, judge_optimiser=judge_optimiser, balancer=balancer)
 
 def drop_conditions(cond, generator, p=0.1):
@@ -1181,7 +1181,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
         with torch.no_grad():
             zero = loss_of(lambda x, t, **cond: 0 * x, valid, 2)
             return {"loss": loss, "of zero": zero, "held out": loss_of(net, valid, 2)}
-    return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), 0.3, settings)
+    return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), settings, fall=0.3)
 
 # ------------
 # 10. Listening and measuring: is it any good?
