@@ -371,7 +371,7 @@ def test_pluck():
     assert hard[[0, -1]].abs().max() < 0.01                # no click
 
 def test_pitch_track():
-    """Within 10 cents of harmonics 1 to 8, 2 to 8, a sine; 0 on silence, noise, 5 Hz, a -70 dB tail."""
+    """Within 10 cents of harmonics 1 to 8, 2 to 8, a sine; 0: silence, noise, 5 Hz, a -70 dB tail."""
     for pitch in range(36, 89, 4):
         parts = [sine(k * hertz(pitch)) / k for k in range(1, 9) if k * hertz(pitch) < 7500]
         for sound in (sum(parts), sum(parts[1:]), parts[0]):
@@ -741,7 +741,7 @@ def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
         assert same(m.load_checkpoint(tmp_path / one), m.load_checkpoint(tmp_path / two))
 
 def test_train_codec_blurs_and_balances(tmp_path):
-    """With blur 3 the latents vary ten times as much. Notes with silent halves: in log.csv each loss
+    """Blur 3 makes the latents vary ten times as much. Notes with silent halves: in log.csv a loss
     has its weight's share, within a third."""
     audio = m.Plucks(12, seconds=0.5).audio
     seen = []
