@@ -371,7 +371,7 @@ def test_pluck():
     assert hard[[0, -1]].abs().max() < 0.01                # no click
 
 def test_pitch_track():
-    """Within 10 cents of harmonics 1 to 8, 2 to 8, a sine; 0: silence, noise, 5 Hz, a -70 dB tail."""
+    """Within 10 cents of harmonics 1 to 8, 2 to 8, a sine; 0: silence, noise, 5 Hz, a soft tail."""
     for pitch in range(36, 89, 4):
         parts = [sine(k * hertz(pitch)) / k for k in range(1, 9) if k * hertz(pitch) < 7500]
         for sound in (sum(parts), sum(parts[1:]), parts[0]):
