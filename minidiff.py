@@ -116,8 +116,8 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  -noise^ / sigma                 the gradient of ln p(x_t), the mean of the
-#                                                  gradient -noise / sigma of ln p(x_t | x_0)
+#     score     =  -noise^ / sigma                 the gradient of ln p(x_t): the mean of
+#                                                  that of ln p(x_t | x_0), -noise / sigma
 #
 # Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
@@ -125,7 +125,7 @@ def toy(steps=3000, seed=0):
 #
 # Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
 # The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The
-# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for unit variance.
+# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for a mean square of 1.
 #
 #                    alpha       sigma       target                      t             loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
@@ -271,8 +271,8 @@ class EDM(Objective):
 # notes fit the condition better but are more alike, and the answers' deviation (std) grows;
 # `rescale` undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. Note 60, too
-# quiet: the level is a latent channel (chapter 6), and guidance drives all too far.
+# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
+# too quiet: the level is a latent channel (chapter 6), and guidance drives all too far.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -309,7 +309,7 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
-# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt,
+# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt > 0,
 # noise of variance 2 q dt spreads a density as a velocity of -q score does, so a push of q score dt
 # undoes it: every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
@@ -350,8 +350,8 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
-    With lambda = -ln sigma, the ODE dx/dsigma = noise^ is dx/dlambda = x_0^ - x. Fresh noise, q =
-    eta sigma^2 above, makes that (1 + eta) (x_0^ - x) + noise. A step h of lambda solves it exactly
+    With lambda = -ln sigma, the ODE dx/dsigma = noise^ is dx/dlambda = x_0^ - x = sigma^2 score.
+    Noise, for q = eta sigma^2, makes it (1 + eta) (x_0^ - x) + noise. A step h of lambda is exact
     if x_0^ is on the parabola through its last three values: with g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
@@ -430,7 +430,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
             z = data + schedule[0] * noise
             x = dpmpp_3m_sde(denoise, z, schedule, eta, generators)
         else:
-            times = objective.time_at(schedule).nan_to_num(start)  # inf / inf: start
+            times = objective.time_at(schedule).nan_to_num(start)  # inf / inf in rectified flow
             x = objective.add_noise(data, noise, times[0])
             x = {"euler": euler, "heun": heun}[sampler](velocity, x, times)
     return x if keep is None else torch.where(keep, init, x)
@@ -539,7 +539,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, flag, 8 waves: in octaves, a cent turns the last by 2.4 degrees.
+        # A curve gives value, "is given", 8 waves: in octaves, a cent turns the last 2.4 degrees.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -549,7 +549,7 @@ class UNet1d(nn.Module):
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
-        for skip, (block, attend) in zip(skips[:0:-1], self.up):
+        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first
             x = F.interpolate(x, skip.shape[2])
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
@@ -623,7 +623,7 @@ def envelope(audio, hop):
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
     finer: delays per sample. The window's autocorrelation is divided out, so multiples of the
-    period peak as high: an octave of delay costs 0.04. Lifts out with: envelope."""
+    period peak as high: 0.04 an octave of delay is the price. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest // finer
@@ -631,7 +631,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
     def correlate(x):
-        # From the power; zeros after it refine delays.
+        # irfft pads the power spectrum: finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
@@ -667,8 +667,8 @@ def note_pitch(track):
 # a gap between them, 0 if they are equal. It keeps variances from 0, so neighbouring latents
 # overlap: what a diffusion model can hit, the decoder can play.
 #
-# Notes differ a hundredfold in level, and each dies away. So a sound is divided by its smooth
-# level, which travels as channel 17.
+# Recorded notes differ a hundredfold in level, and each dies away. So a sound is divided by its
+# smooth level, which travels as channel 17.
 #
 # Try: `python minidiff.py sample --run runs/plucks --init-noise 0 --init-audio
 # runs/plucks/samples/real_1.wav`. You hear the codec's round trip.
@@ -819,7 +819,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # of |g_i|, of 1: see mean
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running means of |g_i|, 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -991,7 +991,7 @@ def measure_curves(audio, sample_rate, hop):
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
 def melody_curves(melody, frames_per_note, played):
-    """Curves [2, L] of pitches and None (a rest) that fade as `played` [N, 2, L] does."""
+    """Curves [2, L] of pitches and None (a rest); notes fade as in `played` [N, 2, L]."""
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -4.9
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
@@ -1188,7 +1188,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
 #     Like the data?  Level, harmonics to noise, and the Frechet distance to half of the held-out
-#                     notes. In the codec's row, real half to half: the floor.
+#                     notes. The floor, in the codec's row: real half to half.
 #     New?            Distance to the nearest training latents, over that of held-out notes: far
 #                     below 1 is a copy.
 #
@@ -1355,7 +1355,7 @@ def build_parser(**saved):
     gpu = "cpu"
     if torch.accelerator.is_available():
         gpu = torch.accelerator.current_accelerator().type
-    top = Parser(prog="minidiff.py", description=__doc__.splitlines()[0])
+    top = Parser()
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("toy", help="the idea in ten seconds")
     train = commands.add_parser("train", help="train a codec and a model")
