@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader, Dataset
 # point: there it learns their mean direction. For a new example, start at fresh noise and follow
 # the network in small straight steps, Euler's rule, from t = 1 to t = 0 [1].
 #
-# Try: `python minidiff.py toy`. Then put 200 training steps for 3000: the moons blur.
+# Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
 def toy(steps=3000, seed=0):
     """Learn two half moons, draw them, return the shares within 0.1 of a moon."""
@@ -125,7 +125,7 @@ def toy(steps=3000, seed=0):
 #
 # Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
 # The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The
-# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for a mean square of 1.
+# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for data of mean square 1.
 #
 #                    alpha       sigma       target                      t             loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
@@ -309,9 +309,9 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
-# fits a parabola to the last three x_0^ [6]. It can add fresh noise: for any q, in a time dt > 0,
-# noise of variance 2 q dt spreads a density as a velocity of -q score does, so a push of q score dt
-# undoes it: every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
+# fits a parabola to the last three x_0^ [6]. It can add fresh noise: diffusion spreads a density as
+# a velocity of -q score would, so in a time dt > 0 add noise of variance 2 q dt and push by
+# q score dt. Every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -623,7 +623,7 @@ def envelope(audio, hop):
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
     finer: delays per sample. The window's autocorrelation is divided out, so multiples of the
-    period peak as high: 0.04 an octave of delay is the price. Lifts out with: envelope."""
+    period peak as high: longer delays pay 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest // finer
@@ -819,7 +819,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running means of |g_i|, 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -1052,8 +1052,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: on one device, a resumed training ends with the same bits. With torchrun,
-# each GPU draws its part of the batch, and gradients are averaged.
+# the next step needs: on one device, a training cut short and resumed ends with the same bits. With
+# torchrun, each GPU draws its part of the batch, and gradients are averaged.
 #
 # Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
 
