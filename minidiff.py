@@ -760,8 +760,8 @@ def kl_divergence(mean, log_variance):
 #
 #     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>).
 #
-# Try: `python minidiff.py train --run runs/d --codec-steps 200 --adversarial-from 100 --steps 9`.
-# It will not play yet, but its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
+# Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 200 --adversarial-from 100
+# --seconds 0.5`. Its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
 
 def stft(audio, size):
     """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
