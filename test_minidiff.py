@@ -579,7 +579,7 @@ def test_download_nsynth(tmp_path):
         threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{web.server_port}/a.zip"
         with pytest.raises(ValueError, match="a.zip"):
-            m.download_nsynth(tmp_path / "bad", url, "0" * 64)
+            m.download_nsynth(tmp_path / "bad", url, f"{0:064}")
         notes = m.download_nsynth(tmp_path / "in" / "data", url, digest)
         web.shutdown()
     assert m.download_nsynth(tmp_path / "in" / "data", url, digest) == notes           # no server
