@@ -52,7 +52,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-# ------------
+# -----
 # 0. The whole idea
 #
 # We have examples x_0 and want more. Mix one with noise, x_t = (1 - t) x_0 + t noise, and let a
@@ -102,7 +102,7 @@ def toy(steps=3000, seed=0):
     print("within 0.1 of a moon: {:.3f} of the samples (left), {:.3f} of the data".format(*shares))
     return shares
 
-# ------------
+# -----
 # 1. Noising and objectives: what does the network learn?
 #
 # A network sees t and x_t = alpha(t) x_0 + sigma(t) noise. It is asked for y, a mixture of x_0 and
@@ -256,7 +256,7 @@ class EDM(Objective):
     def time_at(self, ratio):
         return ratio
 
-# ------------
+# -----
 # 2. Guidance: how do we ask for a note?
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
@@ -266,10 +266,10 @@ class EDM(Objective):
 #     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w   (~: proportional).
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
-# unconditional. A network's answer is k(t) score + m(t) x_t. The x_t term is the same in both and
-# the weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1,
-# notes fit the condition better but are more alike, and the answers' deviation (std) grows;
-# `rescale` undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
+# unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
+# weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
+# fit the condition better but are more alike, and the answers' deviation (std) grows; `rescale`
+# undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
 # too quiet: the level is a latent channel (chapter 6), and guidance drives all too far.
@@ -303,7 +303,7 @@ class GuidedNet:
         answers = self.net(torch.cat([x, x]), torch.cat([t, t]), **both)
         return guide(*answers.chunk(2), self.scale, self.rescale)
 
-# ------------
+# -----
 # 3. Samplers: how do we get from noise to a note?
 #
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
@@ -398,6 +398,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     keep [L], bool: frames of init that stay.  noise: starts from it, with gradients.
     Lifts out with: dpmpp_3m_sde, euler, expand, heun, linear_times, polyexponential_times,
     standard_normal."""
+    if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
+        raise ValueError(f"got sampler {sampler!r}: euler, heun or dpmpp_3m_sde")
     start = objective.t_max
     if init is not None:
         start = float(objective.time_at(1.0) if init_noise is None else init_noise)
@@ -432,10 +434,10 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         else:
             times = objective.time_at(schedule).nan_to_num(start)  # inf / inf in rectified flow
             x = objective.add_noise(data, noise, times[0])
-            x = {"euler": euler, "heun": heun}[sampler](velocity, x, times)
+            x = (euler if sampler == "euler" else heun)(velocity, x, times)
     return x if keep is None else torch.where(keep, init, x)
 
-# ------------
+# -----
 # 4. The U-Net: which network can learn this?
 #
 # Noise is judged from close by, a pitch by the whole note. So the network halves L several times
@@ -554,7 +556,7 @@ class UNet1d(nn.Module):
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
 
-# ------------
+# -----
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
 # A plucked string is a sum of harmonics; the k-th has the frequency f_k, about k f_0. The place p
@@ -654,7 +656,7 @@ def note_pitch(track):
     """The median pitch of frames that have one, else NaN: [B, L] -> [B]."""
     return torch.where(track > 0, track, math.nan).nanmedian(dim=1).values
 
-# ------------
+# -----
 # 6. The Snake VAE: how does a second of sound become 63 vectors?
 #
 # 16,000 numbers a second are too many to diffuse, so a codec squeezes 256 samples into one frame of
@@ -747,7 +749,7 @@ def kl_divergence(mean, log_variance):
     """This chapter's KL in nats, mean over all latent values ([12] appendix B)."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
-# ------------
+# -----
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
@@ -756,9 +758,9 @@ def kl_divergence(mean, log_variance):
 # decoder to fool it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
-# by its running mean norm <|g_i|>, so that the weights w_i set the shares:
+# by its running mean norm <|g_i|>, so that weights set the shares:
 #
-#     g  =  total_norm  sum over i of  (w_i / sum of w) (g_i / <|g_i|>).
+#     g  =  total_norm  sum over i of  (weight_i / their sum) (g_i / <|g_i|>).
 #
 # Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 200 --adversarial-from 100
 # --seconds 0.5`. Its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
@@ -837,7 +839,7 @@ class LossBalancer(nn.Module):
         # The gradient of this sum at `output` is `balanced`.
         ((balanced * output).sum() + sum((free or {}).values())).backward()
 
-# ------------
+# -----
 # 8. Data: where do the notes come from?
 #
 # data[i] is a sound [T]. data.labels [N, 3] are its pitch, velocity and source (the instrument),
@@ -1047,7 +1049,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     save_checkpoint(path, **state)
     return state
 
-# ------------
+# -----
 # 9. Training: how do we get good weights?
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
@@ -1183,7 +1185,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
             return {"loss": loss, "of zero": zero, "held out": loss_of(net, valid, 2)}
     return fit("diffusion", net, learn, steps, path, lr, generator, (0.9, 0.99), settings, fall=0.3)
 
-# ------------
+# -----
 # 10. Listening and measuring: is it any good?
 #
 #     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
@@ -1326,7 +1328,7 @@ def write_sounds(folder, sounds, rate):
                        f'<audio controls src="{path.name}"></audio></figure>\n')
     print(f"listen at {folder / 'index.html'}")
 
-# ------------
+# -----
 # 11. The command line
 #
 # A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder.
@@ -1389,7 +1391,7 @@ def build_parser(**saved):
     add("--count", type=count, default=1, help="for each pitch")
     add("--seconds", type=seconds, help="(default: as in training)")
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
-    add("--init-audio", help="sound file to start from")
+    add("--init-audio")
     add("--init-noise", type=float, help="its t, 0 keeps all (default: sigma = alpha)")
     add("--out", type=Path, help="(default: samples in the run)")
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
