@@ -1057,7 +1057,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # the next step needs: on one device, a training cut short and resumed ends with the same bits. With
 # torchrun, each GPU draws its part of the batch, and gradients are averaged.
 #
-# Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
+# Try: `python minidiff.py train --resume --steps 2300`. It goes on from step 2100.
 
 # Training noise levels sigma/alpha: e^N(0.5, 1.3^2) for rf and edm. [2] has e^N(0, 1).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
@@ -1116,7 +1116,7 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings, fall, **p
     return average.module
 
 def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
-                kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
+                kl_weight=0.01, blur=0.05, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
     blur: noise on the latents, in deviations: the decoder shall bear a diffusion model's errors."""
     generator = torch.Generator().manual_seed(seed)
@@ -1378,8 +1378,8 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=4400, help="(default 4400)")
-    add("--steps", type=count, default=1800, help="of the model (default 1800)")
+    add("--codec-steps", type=count, default=3600, help="(default 3600)")
+    add("--steps", type=count, default=2100, help="of the model (default 2100)")
     add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's: 0.4 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
