@@ -4,8 +4,8 @@ A codec turns a second of sound into 63 vectors, its latents. A network learns t
 latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
-    python minidiff.py toy        # the whole idea, in ten seconds
-    python minidiff.py train      # an instrument, in minutes
+    python minidiff.py toy    # the whole idea, in ten seconds
+    python minidiff.py train  # an instrument, in minutes
     python minidiff.py sample --run runs/plucks --pitch 60
 
 The alphabet
@@ -16,6 +16,7 @@ The alphabet
     w is the guidance scale: 1 is none, 0 ignores the condition.
     Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
     A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
+    Other letters stand beside their formula.
 
 The chapters
     0 The whole idea           3 Samplers    6 The Snake VAE    9 Training
@@ -23,9 +24,9 @@ The chapters
     2 Guidance                 5 Sound       8 Data            11 The command line
 
 References, cited by number (arXiv)
-     [1] Rectified flow 2209.03003   [2] Logit-normal 2403.03206   [3] EDM          2206.00364
-     [4] Guidance       2207.12598   [5] Rescaling    2305.08891   [6] DPM-Solver++ 2211.01095
-     [7] DITTO          2401.12179   [8] Diff-A-Riff  2406.08384   [9] Stable Audio 2407.14358
+     [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
+     [4] Guidance       2207.12598  [5] Rescaling    2305.08891  [6] DPM-Solver++ 2211.01095
+     [7] DITTO          2401.12179  [8] Diff-A-Riff  2406.08384  [9] Stable Audio 2407.14358
     [10] Snake          2006.08195  [11] EnCodec      2210.13438  [12] VAE          1312.6114
     [13] NSynth         1704.01279  [14] Music2Latent 2408.06500  [15] FID          1706.08500
     [16] v-prediction   2202.00512  [17] Score SDEs   2011.13456  [18] Attention    1706.03762
@@ -107,30 +108,30 @@ def toy(steps=3000, seed=0):
 #
 # A network sees t and x_t = alpha(t) x_0 + sigma(t) noise. It is asked for y, a mixture of x_0 and
 # noise, but cannot know it: many pairs of x_0 and noise give the same x_t. Over those pairs, an
-# answer a has the mean squared error
+# answer has the mean squared error
 #
-#     E[(a - y)^2 | x_t]  =  (a - E[y | x_t])^2  +  the variance of y given x_t,
+#     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
 # so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. The answer and
 # x_t = alpha x_0^ + sigma noise^ are two equations, which give both. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  -noise^ / sigma                 the gradient of ln p(x_t): the mean of
-#                                                  that of ln p(x_t | x_0), -noise / sigma
+#     score     =  -noise^ / sigma     the gradient of ln p(x_t): the mean of -noise / sigma,
+#                                      which is the gradient of ln p(x_t | x_0)
 #
 # Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
 # velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
 # th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
-# Rectified flow [1] takes straight paths: its answer a gives velocity = -a and x_0^ = x_t + t a.
-# The x_t below differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The
-# class EDM explains c_skip and c_out. Loss: of a net that answers 0, for data of mean square 1.
+# Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
+# differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The class EDM
+# explains c_skip and c_out. Loss: of a net that answers 0, for data of mean square 1.
 #
-#                    alpha       sigma       target                      t             loss
-#     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1        2
-#     VPDiffusion    cos(angle)  sin(angle)  alpha noise - sigma x_0     0 to 1        1
-#     EDM            1           t           (x_0 - c_skip x_t) / c_out  0 to 80       1
+#                    alpha       sigma       target                      t        loss
+#     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
+#     VPDiffusion    cos(angle)  sin(angle)  alpha noise - sigma x_0     0 to 1   1
+#     EDM            1           t           (x_0 - c_skip x_t) / c_out  0 to 80  1
 #
 # Try: `python -c "from minidiff import *; print(EDM().loss(lambda x, t: 0*x, torch.ones(99, 99)))"`
 # and with RectifiedFlow(): the table's losses.
@@ -149,7 +150,7 @@ def standard_normal(shape, generator=None):
 class Objective:
     """Each adds alpha, sigma, target, denoise, velocity, sample_times and time_at(sigma/alpha) = t.
     t: a float or [B].  net: (x [B, ...], t [B], **cond) -> [B, ...].
-    Lifts out with: expand, standard_normal."""
+    Lifts out with: expand, standard_normal. A child needs Objective too."""
     t_max = 1.0
 
     def add_noise(self, x, noise, t):
@@ -170,8 +171,7 @@ class Objective:
 
 @dataclass
 class RectifiedFlow(Objective):
-    """Straight paths [1]; training times favour the hard middle ([2] section 3.1).
-    Lifts out with: Objective, expand, standard_normal."""
+    """Straight paths [1]; training times favour the hard middle ([2] section 3.1)."""
     p_mean: float = 0.0
     p_std: float = 1.0
 
@@ -192,8 +192,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma / alpha > 0.
-    Lifts out with: Objective, expand, standard_normal."""
+    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma(0) > 0."""
     s: float = 0.008
 
     def angle(self, t):
@@ -220,8 +219,7 @@ class VPDiffusion(Objective):
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7, Table 1); t is the noise level.
     c_in and c_out give input and target variance 1, c_noise is the net's time. c_out scales the
-    net's error: c_skip is the one that makes c_out smallest ([3] B.6).
-    Lifts out with: Objective, expand, standard_normal."""
+    net's error: c_skip is the one that makes c_out smallest ([3] B.6)."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -272,7 +270,7 @@ class EDM(Objective):
 # undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
-# too quiet: the level is a latent channel (chapter 6), and guidance drives all too far.
+# too quiet: guidance drives all channels too far, and one is the level (chapter 6).
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
@@ -310,8 +308,8 @@ class GuidedNet:
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
 # fits a parabola to the last three x_0^ [6]. It can add fresh noise: diffusion spreads a density as
-# a velocity of -q score would, so in a time dt > 0 add noise of variance 2 q dt and push by
-# q score dt. Every x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
+# a velocity of -q score would. So in a step of size |dt|, add noise of variance 2 q |dt| and push
+# back by q score |dt|. x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -350,12 +348,12 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
-    With lambda = -ln sigma, the ODE dx/dsigma = noise^ is dx/dlambda = x_0^ - x = sigma^2 score.
+    With lambda = -ln sigma, dsigma = -sigma dlambda, so the ODE dx/dsigma = noise^ is dx/dlambda =
+    x_0^ - x = sigma^2 score.
     Noise, for q = eta sigma^2, makes it (1 + eta) (x_0^ - x) + noise. A step h of lambda is exact
     if x_0^ is on the parabola through its last three values: with g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
-    (Published codes halve bend: order two.)
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -395,7 +393,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     """Draw latents of `shape` [B, C, L]; item i, from noise of seed + i, is the same in any batch.
     schedule: noise levels sigma/alpha instead of `steps`, such as karras_times(18, 0.002, 80).
     init [B, C, L]: starts from it, noised to time init_noise, by default where sigma = alpha.
-    keep [L], bool: frames of init that stay.  noise: starts from it, with gradients.
+    keep [L], bool: frames of init that stay; init_noise=t_max invents the others.
+    noise: starts from it, with gradients.
     Lifts out with: dpmpp_3m_sde, euler, expand, heun, linear_times, polyexponential_times,
     standard_normal."""
     if sampler not in ("euler", "heun", "dpmpp_3m_sde"):
@@ -541,7 +540,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, "is given", 8 waves: in octaves, a cent turns the last 2.4 degrees.
+        # A curve gives value, "is given", and 8 waves, from one to eight in an octave.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -575,7 +574,7 @@ def resample(audio, from_rate, to_rate):
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # whole; and FFTs wrap round
+    seconds = math.ceil(1.1 * T / from_rate)  # whole, and more: FFTs wrap round
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -753,9 +752,9 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. We use both; where several sounds fit, the decoder
-# plays their dull average. A discriminator, with --adversarial-from, learns to hear that, and the
-# decoder to fool it.
+# magnitudes of a spectrogram forget the phase. We use both, and L1, the mean |error|. Where several
+# sounds fit, the decoder plays their dull average. A discriminator, with --adversarial-from, learns
+# to hear that, and the decoder to fool it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -777,7 +776,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     total = 0.0
     for size in sizes:
         S_e, S_t = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(S_t.shape[1])  # no large quotient for silence
+        silent = 10 * floor * math.sqrt(S_t.shape[1])  # the norm if all were 10 floor
         total += (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
         total += ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -824,6 +823,8 @@ class LossBalancer(nn.Module):
         self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
 
     def backward(self, losses, output, free=None):
+        if losses.keys() - self.weights:
+            raise ValueError(f"expected {[*self.weights]}, got {[*losses]}")
         total = sum(self.weights[name] for name in losses)
         balanced = torch.zeros_like(output)
         self.shares = {}
@@ -1057,9 +1058,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # the next step needs: on one device, a training cut short and resumed ends with the same bits. With
 # torchrun, each GPU draws its part of the batch, and gradients are averaged.
 #
-# Try: `python minidiff.py train --resume --steps 2300`. It goes on from step 2100.
+# Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
 
-# Training noise levels sigma/alpha: e^N(0.5, 1.3^2) for rf and edm. [2] has e^N(0, 1).
+# Training noise levels sigma/alpha: e^N(0.5, 1.3^2) for rf and edm.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1116,9 +1117,10 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings, fall, **p
     return average.module
 
 def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
-                kl_weight=0.01, blur=0.05, adversarial_from=math.inf, settings=None):
+                kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations: the decoder shall bear a diffusion model's errors."""
+    blur: noise on the latents, in deviations, fading out: it teaches the decoder to bear a
+    diffusion model's errors, then lets it be exact."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1132,7 +1134,8 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         starts = torch.randint(audio.shape[1] - crop + 1, (batch_size, 1), generator=generator)
         real = audio[chosen, starts + torch.arange(crop)].to(device)
         mean, log_variance = codec.posterior(real)
-        variance = log_variance.exp() + (blur * mean.detach()).var((0, 2), keepdim=True)
+        blurred = blur * (1 - step / steps) * mean.detach()
+        variance = log_variance.exp() + blurred.var((0, 2), keepdim=True)
         z = mean + variance.sqrt() * standard_normal(mean.shape, generator).to(mean)
         estimate = codec.decoder(z)[:, 0, :crop]
         l2 = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
@@ -1188,17 +1191,18 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # -----
 # 10. Listening and measuring: is it any good?
 #
-#     As asked?       Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-#     Like the data?  Level, harmonics to noise, and the Frechet distance to half of the held-out
-#                     notes. The floor, in the codec's row: real half to half.
-#     New?            Distance to the nearest training latents, over that of held-out notes: far
-#                     below 1 is a copy.
+# As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
+# Like the data? Level, harmonics to noise, and the Frechet distance to half of the held-out notes.
+# The floor, in the codec's row: real half to half.
+# New? Distance to the nearest training latents, over that of held-out notes: far below 1 is a copy.
 #
 # Try: `python minidiff.py evaluate --run runs/plucks --steps 3`. Which figures get worse?
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
     m: means, C: covariances. Compare only at equal N."""
+    if min(len(a), len(b)) < 2:
+        raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))  # [D, D]
     roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
@@ -1280,7 +1284,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         kinds[f"w = {w:g}"] = (x, run.decode(x))
         result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
-        result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
+        result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))  # of the first w
     for kind, (x, audio) in kinds.items():
         figures = describe(audio, run.codec, cond, data["real"] if kind == "codec" else None)
         if kind != "real" and len(b) > 1:
@@ -1354,9 +1358,7 @@ def build_parser(**saved):
     seconds = between(0.1, 600)
     def note(word):
         return None if word == "r" else midi(word)
-    gpu = "cpu"
-    if torch.accelerator.is_available():
-        gpu = torch.accelerator.current_accelerator().type
+    gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     top = Parser()
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("toy", help="the idea in ten seconds")
@@ -1378,8 +1380,8 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=3600, help="(default 3600)")
-    add("--steps", type=count, default=2100, help="of the model (default 2100)")
+    add("--codec-steps", type=count, default=4000, help="(default 4000)")
+    add("--steps", type=count, default=1800, help="of the model (default 1800)")
     add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's: 0.4 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")

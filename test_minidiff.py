@@ -483,7 +483,7 @@ def test_loss_balancer():
     balancer = m.LossBalancer({"a": 1, "b": 1})
     balancer.backward(losses, x, free={"kl": 7 * latent.sum()})
     assert near(latent.grad, 7)
-    with pytest.raises(KeyError, match="c"):
+    with pytest.raises(ValueError, match="expected .'a', 'b'., got .'c'."):
         balancer.backward({"c": x.sum()}, x)
     x = torch.zeros(2, 3, requires_grad=True)
     balancer = m.LossBalancer({"a": 1, "b": 3}, total_norm=2.0)
@@ -726,8 +726,8 @@ def test_train_diffusion(tmp_path):
     assert len(trained) == 400
     assert all((item == x[:15]).all((1, 2)).any() for item in trained)
     assert near((labels == -1).float().mean(), 0.19, 0.06)
-    held = torch.cat([labels for batch, labels in flow.seen if len(batch) != 4])
-    assert held.min() >= 30                                # of the last five, and none withheld
+    held = [labels.min() for batch, labels in flow.seen if len(batch) != 4]
+    assert min(held) >= 30                                # of the last five, and none withheld
     assert near(read_log(tmp_path)["of zero"], 2, 0.5)
 
 def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
@@ -736,7 +736,7 @@ def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
     audio = m.Plucks(12, seconds=0.25).audio
     for name, steps in (("one", 4), ("two", 2), ("two", 4)):
         learn_latents(tmp_path / f"{name}.pt", steps, Watched())
-        m.train_codec(small_vae(), audio, steps, tmp_path / name, crop=1024, adversarial_from=1)
+        m.train_codec(small_vae(), audio, steps, tmp_path / name, 0, 8, 1e-3, 1024, 0.01, 0.0, 1)
     for one, two in (("one", "two"), ("one.pt", "two.pt")):
         assert same(m.load_checkpoint(tmp_path / one), m.load_checkpoint(tmp_path / two))
 
@@ -753,15 +753,15 @@ def test_train_codec_blurs_and_balances(tmp_path):
     audio[:, :4000] = 0
     (tmp_path / "log.csv").unlink()
     m.train_codec(small_vae(), audio, 50, tmp_path / "codec.pt", crop=2048)
-    shares = {name.removesuffix(" share"): value for name, value in read_log(tmp_path).items()
-              if name.endswith(" share")}
-    assert shares == pytest.approx({"l1": 0.25, "l2": 0.25, "stft": 0.5}, rel=0.33)
+    shares = [read_log(tmp_path)[f"{name} share"] for name in ("l1", "l2", "stft")]
+    assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.33)
 
 def test_frechet_distance():
     """N(0,1) to N(1,1): 1; to N(0,4): 1; to itself: 0; 2-D: by the eigenvalues of C1 C2."""
-    x = normal(10_000, 1)
-    x = (x - x.mean()) / x.std()
+    x = torch.tensor([[-1.0], [0.0], [1.0]])
     assert near([m.frechet_distance(x, y) for y in (x + 1, 2 * x, x)], [1, 1, 0])
+    with pytest.raises(ValueError, match="2 rows"):
+        m.frechet_distance(x, x[:1])
     a, b = normal(2, 1000, 2) @ torch.tensor([[1.2, 1.6], [-2.4, 0.6]], dtype=torch.float64)
     b = b * torch.tensor([1.0, 3.0])
     root = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.sqrt().sum()
@@ -786,8 +786,8 @@ def run(tmp_path_factory):
     for i in range(12):
         part = "notes-valid" if i % 3 == 0 else "notes"
         write_note(root / "data" / part / f"guitar_{i:03d}-{60 + i:03d}-100.wav", 0.3, 60 + i)
-    assert ask(f"train --data {root / 'data'} --run {root / 'r&d'} --codec vae --codec-steps 12"
-               " --steps 6") == 0
+    line = f"train --data {root}/data --run {root}/r&d --codec vae --codec-steps 12 --steps 6"
+    assert ask(line) == 0
     return root / "r&d"
 
 def test_evaluate(run):
@@ -885,6 +885,7 @@ def names_in(node):
 
 LIFTS = {name: re.findall("Lifts out with: ([^.]+)", " ".join(str(ast.get_docstring(node)).split()))
          for name, node in PIECES.items()}
+LIFTS |= {type(o).__name__: ["Objective, " + LIFTS["Objective"][0]] for o in (FLOW, VP, EDM)}
 
 @pytest.mark.parametrize("name", [name for name in LIFTS if LIFTS[name]])
 def test_every_piece_lifts_out(name):
