@@ -1,8 +1,8 @@
 """minidiff: audio latent diffusion in one file to read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
-0 to 7, take the imports and what its docstring lists after "Lifts out with".
+latents: ask for a pitch, and hear a note that nobody has played. To copy a piece, take the imports
+and what its docstring lists after "Lifts out with".
 
     python minidiff.py toy    # the whole idea, in ten seconds
     python minidiff.py train  # an instrument, in minutes
@@ -16,7 +16,7 @@ The alphabet
     w is the guidance scale: 1 is none, 0 ignores the condition.
     Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
     A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
-    Other letters stand beside their formula.
+    Other letters stand by their formula.
 
 The chapters
     0 The whole idea           3 Samplers    6 The Snake VAE    9 Training
@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset
 # Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
 def toy(steps=3000, seed=0):
-    """Learn two half moons, draw them, return the shares within 0.1 of a moon."""
+    """Learn two half moons, draw them, return shares within 0.1 of one."""
     torch.manual_seed(seed)
 
     def moons(n, blur=0.05):
@@ -324,7 +324,7 @@ def karras_times(steps, sigma_min, sigma_max, rho=7.0):
     return F.pad(torch.linspace(*ends, steps, dtype=torch.float64) ** rho, (0, 1))
 
 def polyexponential_times(steps, sigma_min, sigma_max, rho=1.0):
-    """As karras_times, but even in ln sigma if rho = 1 ([9])."""
+    """As karras_times, but even in ln sigma if rho = 1 [9]."""
     ramp = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
     return F.pad(sigma_min * (sigma_max / sigma_min) ** ramp, (0, 1))
 
@@ -574,7 +574,7 @@ def resample(audio, from_rate, to_rate):
     if from_rate == to_rate:
         return audio
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # whole, and more: FFTs wrap round
+    seconds = math.ceil(1.1 * T / from_rate)  # whole, more: FFTs wrap round
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -745,7 +745,7 @@ class SnakeVAE(nn.Module):
         return audio * self.stretch(level)
 
 def kl_divergence(mean, log_variance):
-    """This chapter's KL in nats, mean over all latent values ([12] appendix B)."""
+    """This chapter's KL in nats, mean over all values ([12] appendix B)."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
 # -----
@@ -900,7 +900,7 @@ class AudioFolder(Dataset):
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
-        runs = {path.parent for path in Path(root).rglob("model.pt")}  # not their sounds
+        runs = {path.parent for path in Path(root).rglob("model.pt")}
         rates = []
         lengths = {}
         hashes = {}
@@ -924,7 +924,7 @@ class AudioFolder(Dataset):
         self.seconds = seconds or min(4.0, max(lengths.values()))
         held = {path for path in lengths if path.parent.name.endswith("-valid")}
         if len(held) in (0, len(lengths)):
-            limit = max(12, min(hashes.values()))  # 13/256
+            limit = max(12, min(hashes.values()))
             held = {path for path in lengths if hashes[path] <= limit}
         self.pieces = []
         for path, length in lengths.items():
@@ -1119,8 +1119,8 @@ def fit(what, net, learn, steps, path, lr, generator, betas, settings, fall, **p
 def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations, fading out: it teaches the decoder to bear a
-    diffusion model's errors, then lets it be exact."""
+    blur: noise on the latents, in deviations, fading: the decoder learns to bear a diffusion
+    model's errors, then to be exact."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1374,7 +1374,7 @@ def build_parser(**saved):
             add("--sampler", choices=["euler", "heun", "dpmpp_3m_sde"], default="heun")
             add("--steps", type=count, default=9, help="(default 9)")
     add = train.add_argument
-    add("--data", default="plucks", help="plucks, melodies, nsynth (335 MB) or a folder")
+    add("--data", default="plucks", help="plucks, melodies, nsynth or a folder")
     add("--seconds", type=seconds, help="of a sound (default: up to 4)")
     add("--codec", choices=["vae", "music2latent"], help="(vae for built-in data)")
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
