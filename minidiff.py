@@ -270,7 +270,7 @@ class EDM(Objective):
 # undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
-# too quiet: guidance drives all channels too far, and one is the level (chapter 6).
+# too soft or loud: guidance drives all channels too far, and one is the level (chapter 6).
 
 def guide(conditional, unconditional, scale, rescale=0.0):
     """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
