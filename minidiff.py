@@ -13,7 +13,7 @@ The alphabet
     Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
     x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
     t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
-    w is the guidance scale: 1 is none, 0 ignores the condition.
+    w is the guidance scale: 1 is off, 0 ignores the condition.
     Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
     A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
     Other letters stand by their formula.
@@ -118,11 +118,11 @@ def toy(steps=3000, seed=0):
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
 #     score     =  -noise^ / sigma     the gradient of ln p(x_t): the mean of -noise / sigma,
-#                                      which is the gradient of ln p(x_t | x_0)
+#                                      each the gradient of ln p(x_t | x_0)
 #
-# Each pair is a path. A density changes by inflow less outflow, which depend only on the mean
-# velocity at each point. So points that follow the mean have, at every t, the density of x_t ([1]
-# th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
+# Each (x_0, noise) is a path x_t. A density changes by inflow less outflow, which depend only on
+# the mean velocity at each point. So points that follow the mean have, at every t, the density of
+# x_t ([1] th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. The class EDM
@@ -349,9 +349,9 @@ def heun(velocity, x, times):
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
     With lambda = -ln sigma, dsigma = -sigma dlambda, so the ODE dx/dsigma = noise^ is dx/dlambda =
-    x_0^ - x = sigma^2 score.
-    Noise, for q = eta sigma^2, makes it (1 + eta) (x_0^ - x) + noise. A step h of lambda is exact
-    if x_0^ is on the parabola through its last three values: with g = (1 + eta) h,
+    x_0^ - x = sigma^2 score. Noise, for q = eta sigma^2, q score = eta (x_0^ - x), makes it
+    (1 + eta) (x_0^ - x) + noise. A step h of lambda is exact if x_0^ is on the parabola through its
+    last three values: with g = (1 + eta) h,
         x <- e^-g x + phi_1 x_0^ + h phi_2 slope + h^2 phi_3 bend
              + sigma_next sqrt(1 - e^(-2 eta h)) noise,   phi_1 to phi_3 as below.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
@@ -528,7 +528,7 @@ class UNet1d(nn.Module):
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(pairwise(widths)):
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
-            attend = SelfAttention if i > 0 else nn.Identity  # Identity ignores heads
+            attend = SelfAttention if i > 0 else nn.Identity
             self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
             self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
         self.middle = ResidualBlock(widths[-1], widths[-1], wide)
@@ -540,7 +540,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, "is given", and 8 waves, from one to eight in an octave.
+        # A curve gives value, "is given", sine and cosine of 1, 2, 4, 8 turns a unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -1134,8 +1134,8 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         starts = torch.randint(audio.shape[1] - crop + 1, (batch_size, 1), generator=generator)
         real = audio[chosen, starts + torch.arange(crop)].to(device)
         mean, log_variance = codec.posterior(real)
-        blurred = blur * (1 - step / steps) * mean.detach()
-        variance = log_variance.exp() + blurred.var((0, 2), keepdim=True)
+        extra = blur * (1 - step / steps) * mean.detach()
+        variance = log_variance.exp() + extra.var((0, 2), keepdim=True)
         z = mean + variance.sqrt() * standard_normal(mean.shape, generator).to(mean)
         estimate = codec.decoder(z)[:, 0, :crop]
         l2 = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
@@ -1173,13 +1173,13 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device = next(net.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    def loss_of(answer, among, n, p=0.0):
+    def loss_of(f, among, n, p=0.0):
         among = among.nonzero()[:, 0]
         chosen = among[torch.randint(len(among), (n,), generator=generator)]
         given = {name: value[chosen].to(device) for name, value in cond.items()}
         given = drop_conditions(given, generator, p)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return objective.loss(answer, x[chosen].to(device), generator, **given)
+            return objective.loss(f, x[chosen].to(device), generator, **given)
     def learn(step):
         loss = loss_of(model, ~valid, batch_size // WORLD, 0.1)
         loss.backward()
