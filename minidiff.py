@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset
 # Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
 def toy(steps=3000, seed=0):
-    """Learn two half moons, draw them, return shares within 0.1 of one."""
+    """Learn two half moons, draw them, return the shares near a moon."""
     torch.manual_seed(seed)
 
     def moons(n, blur=0.05):
@@ -78,7 +78,7 @@ def toy(steps=3000, seed=0):
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     for _ in range(steps):
-        x_0 = 2 * moons(1024)  # as large as the noise
+        x_0 = 2 * moons(1024)  # about as large as the noise
         noise = torch.randn(1024, 2)
         t = torch.rand(1024, 1)
         x_t = (1 - t) * x_0 + t * noise
@@ -117,8 +117,10 @@ def toy(steps=3000, seed=0):
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
-#     score     =  -noise^ / sigma     the gradient of ln p(x_t): the mean of -noise / sigma,
-#                                      each the gradient of ln p(x_t | x_0)
+#     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
+#
+# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
+# p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
 #
 # Each (x_0, noise) is a path x_t. A density changes by inflow less outflow, which depend only on
 # the mean velocity at each point. So points that follow the mean have, at every t, the density of
@@ -180,7 +182,7 @@ class RectifiedFlow(Objective):
     def sigma(self, t):
         return t
     def target(self, x, noise, t):
-        return x - noise  # many learn noise - x_0
+        return x - noise
     def denoise(self, net, x_t, t, **cond):
         return x_t + expand(t, x_t) * self.answer(net, x_t, t, **cond)
     def velocity(self, net, x_t, t, **cond):
@@ -192,7 +194,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma(0) > 0."""
+    """The target is v = dx_t/d(angle) ([16] appendix D); s avoids sigma < 0.012: hard to see."""
     s: float = 0.008
 
     def angle(self, t):
@@ -267,7 +269,7 @@ class EDM(Objective):
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
 # weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
 # fit the condition better but are more alike, and the answers' deviation (std) grows; `rescale`
-# undoes that [5]. (A noised p_w has other scores, so p_w comes only roughly.)
+# undoes that [5]. (It is not the score of noised p_w: p_w comes only roughly.)
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
 # too soft or loud: guidance drives all channels too far, and one is the level (chapter 6).
@@ -291,12 +293,10 @@ class GuidedNet:
     negative: dict = None
 
     def __call__(self, x, t, **cond):
-        withheld = {name: torch.full_like(value, math.nan if value.is_floating_point() else -1)
-                    for name, value in cond.items()} | (self.negative or {})
         if not cond or self.scale == 1:
             return self.net(x, t, **cond)
-        if self.scale == 0:
-            return self.net(x, t, **withheld)
+        withheld = {name: torch.full_like(value, math.nan if value.is_floating_point() else -1)
+                    for name, value in cond.items()} | (self.negative or {})
         both = {name: torch.cat([cond[name], withheld[name]]) for name in cond}
         answers = self.net(torch.cat([x, x]), torch.cat([t, t]), **both)
         return guide(*answers.chunk(2), self.scale, self.rescale)
@@ -306,10 +306,11 @@ class GuidedNet:
 #
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
-# lands, and averages. Twice the steps leave 1/2 of Euler's error, 1/4 of Heun's. The third solver
-# fits a parabola to the last three x_0^ [6]. It can add fresh noise: diffusion spreads a density as
-# a velocity of -q score would. So in a step of size |dt|, add noise of variance 2 q |dt| and push
-# back by q score |dt|. x_t keeps its density, and early errors are forgotten ([17] eq. 6, 13).
+# lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
+# the steps leave 1/2, 1/4, 1/8 of the error. The third can add fresh noise. With variance 2 q |dt|
+# it spreads a density p as the velocity -q score = -q grad(p) / p does in a time |dt|, from dense
+# to thin. So also push back by q score |dt|: x_t keeps its density, and early errors are forgotten
+# ([17] eq. 6, 13).
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -338,7 +339,7 @@ def heun(velocity, x, times):
     """As euler, by Heun's rule ([3] Algorithm 1)."""
     for t, t_next in pairwise(times.tolist()):
         h = t_next - t
-        d = velocity(x, x.new_full((len(x),), t))  # [B, ...]
+        d = velocity(x, x.new_full((len(x),), t))
         x_euler = x + h * d
         if t_next == 0:
             return x_euler  # EDM's velocity at 0 would be 0/0
@@ -550,7 +551,7 @@ class UNet1d(nn.Module):
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
-        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first
+        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first, without [0]
             x = F.interpolate(x, skip.shape[2])
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
@@ -623,8 +624,8 @@ def envelope(audio, hop):
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
-    finer: delays per sample. The window's autocorrelation is divided out, so multiples of the
-    period peak as high: longer delays pay 0.04 an octave. Lifts out with: envelope."""
+    finer: delays per sample. With the window's autocorrelation divided out, two
+    periods peak as high as one, so delays pay 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
     width = 4 * longest // finer
@@ -752,9 +753,9 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. We use both, and L1, the mean |error|. Where several
-# sounds fit, the decoder plays their dull average. A discriminator, with --adversarial-from, learns
-# to hear that, and the decoder to fool it.
+# magnitudes of a spectrogram forget the phase. We use these, squared error and L1, the mean
+# |error|. Where several sounds fit, the decoder plays their dull average. A discriminator, with
+# --adversarial-from, learns to hear that, and the decoder to fool it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -1055,7 +1056,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: on one device, a training cut short and resumed ends with the same bits. With
+# the next step needs: on a CPU, a training cut short and resumed ends with the same bits. With
 # torchrun, each GPU draws its part of the batch, and gradients are averaged.
 #
 # Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
@@ -1193,7 +1194,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 #
 # As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
 # Like the data? Level, harmonics to noise, and the Frechet distance to half of the held-out notes.
-# The floor, in the codec's row: real half to half.
+# The floor, in the real row: half to half.
 # New? Distance to the nearest training latents, over that of held-out notes: far below 1 is a copy.
 #
 # Try: `python minidiff.py evaluate --run runs/plucks --steps 3`. Which figures get worse?
@@ -1287,7 +1288,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))  # of the first w
     for kind, (x, audio) in kinds.items():
         figures = describe(audio, run.codec, cond, data["real"] if kind == "codec" else None)
-        if kind != "real" and len(b) > 1:
+        if kind != "codec" and len(b) > 1:
             features = [torch.cat(torch.std_mean(z, 2), 1) for z in (x, a)]
             figures["frechet"] = frechet_distance(*features)
         print(f"  {kind:6}", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
@@ -1295,7 +1296,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
             result.setdefault(name, {})[kind.removeprefix("w = ")] = value
     print("{count} of each, {sampler} with {steps} steps: {seconds_per_item:.3f} s a sound, and "
           "{nearest_ratio:.2f} times as far from training as those held out".format(**result))
-    result["frechet_floor"] = result["frechet"].pop("codec", None)
+    result["frechet_floor"] = result["frechet"].pop("real", None)
     for kind in ("real", "codec"):
         result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
     (run.folder / "evaluation.json").write_text(json.dumps(result, indent=1))

@@ -167,7 +167,7 @@ def test_guide():
     assert near(m.guide(c, u, 5.0, rescale=0.5), (m.guide(c, u, 5.0) + full) / 2)
 
 def test_guided_net():
-    """c = x + label, u = x - 1: -1 + 3 (6, 8) from one pass of 2B rows; w = 1 and 0 take B."""
+    """c = x + label, u = x - 1: -1 + 3 (6, 8) from one pass of 2B rows; w = 1 takes B."""
     rows = []
     def net(x, t, labels=None):
         rows.append(len(x))
@@ -177,7 +177,7 @@ def test_guided_net():
         return guided(torch.zeros(2, 1, 3), torch.ones(2), **cond)[:, 0, 0].tolist()
     labels = torch.tensor([[5], [7]])
     assert [ask(w, labels=labels) for w in (3.0, 1.0, 0.0)] == [[17, 23], [5, 7], [-1, -1]]
-    assert rows == [4, 2, 2]
+    assert rows == [4, 2, 4]
     assert ask(2.0, {"labels": 0 * labels + 4}, labels=labels) == [6, 10]      # 4 + 2 (1, 3)
     assert ask(3.0) == [0, 0]                              # no condition: the plain network
     curves = m.GuidedNet(lambda x, t, controls: controls.nan_to_num(nan=-2.0), 2.0)
