@@ -26,6 +26,7 @@ import minidiff as m
 FLOW = m.RectifiedFlow()
 VP = m.VPDiffusion()
 EDM = m.EDM()
+RATE = 16_000
 each_objective = pytest.mark.parametrize("objective", [FLOW, VP, EDM], ids=["RF", "VP", "EDM"])
 each_sampler = pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_3m_sde"])
 
@@ -34,7 +35,6 @@ def seeded(seed=0):
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
-
 normal32 = partial(normal, dtype=torch.float32)
 
 def near(found, wanted, tolerance=1e-5):
@@ -264,22 +264,18 @@ def small_unet(**given):
     return m.UNet1d(4, width=16, label_sizes=(10, 3), controls=2, heads=2, **given)
 
 def test_tutorial_unet():
-    """35,207,296 parameters on 64 channels (published); any L; it sees the time; no conditions."""
+    """35,207,296 parameters on 64 channels (published); any L; it sees the time."""
     torch.manual_seed(0)
     assert sum(p.numel() for p in m.TutorialUNet(64).parameters()) == 35_207_296
     net = m.TutorialUNet(4, width=32)
     x = normal32(1, 4, 41)
     out = net(x, torch.zeros(1))
     assert not near(out, net(x, torch.ones(1)))
-    with pytest.raises(TypeError, match="labels"):
-        net(x, torch.zeros(1), labels=torch.zeros(1, 3))
 
 def test_time_embedding():
-    """sin and cos of 1000 t / 10,000^(k/2), k = 0, 1, at t = 0.1; t = 0.2 is far from it."""
+    """sin and cos of 1000 t / 10,000^(k/2), k = 0, 1, at t = 0.1."""
     wanted = [math.sin(100), math.sin(1), math.cos(100), math.cos(1)]
     assert near(m.time_embedding(torch.tensor([0.1]), 4)[0], wanted, 1e-4)
-    one, other = m.time_embedding(torch.tensor([0.1, 0.2]), 64)
-    assert (one - other).norm() > 1                        # unscaled t would give 0.1
 
 def test_residual_block_and_self_attention():
     """By hand: 24 silu(2) from scale -1, shift 2; softmax(q k / 2) v, two heads of 4 features."""
@@ -323,8 +319,6 @@ def test_unet_keeps_items_apart_and_trains_everything():
     assert not near(out[1], other[1], 1e-2)
     out.square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
-
-RATE = 16_000
 
 def hertz(pitch):
     return 440 * 2 ** ((pitch - 69) / 12)
@@ -418,8 +412,7 @@ def test_snake_vae(strides, hop):
         assert vae.decode(latents).isfinite().all()
 
 def test_snake_vae_level_and_gradients():
-    """20 dB down: only the last channel changes, by ln 10, and the output is 20 dB down. A sound
-    that fades by 20 dB has RMS 1 everywhere when levelled, and is played fading by 20 dB."""
+    """20 dB down: the last channel falls by ln 10, the output by 20 dB. Fading is levelled."""
     vae = small_vae()
     audio = normal32(1, 1000).requires_grad_()
     latents = vae.encode(audio)
@@ -479,7 +472,6 @@ def test_loss_balancer():
     latent = torch.zeros(1, 1, requires_grad=True)
     x = 2 * latent
     losses = {"a": (x - 1).abs().sum(), "b": 100 * (x + 1).abs().sum()}
-    assert torch.autograd.grad(sum(losses.values()), x, retain_graph=True)[0] == 99
     balancer = m.LossBalancer({"a": 1, "b": 1})
     balancer.backward(losses, x, free={"kl": 7 * latent.sum()})
     assert near(latent.grad, 7)
@@ -521,13 +513,12 @@ def write_note(path, seconds=0.3, pitch=60, rate=RATE):
     m.save_audio(path, m.pluck(pitch, 100, seconds, rate, seeded(pitch)), rate)
 
 def test_audio_folder_takes_what_is_sound(tmp_path, capsys):
-    """wav, aiff, opus; nothing hidden, no run; links to folders and what is bad are named."""
+    """wav, aiff, opus; nothing hidden; links to folders and what is bad are named."""
     root = tmp_path / "data"
-    for name in ("a.wav", "b.aiff", "c.mp3", "in/d.WAV", "._e.wav", ".hidden/f.wav", "run/g.wav"):
+    for name in ("a.wav", "b.aiff", "c.mp3", "in/d.WAV", "._e.wav", ".hidden/f.wav"):
         write_note(root / name)
     write_note(tmp_path / "else" / "i.wav")
     soundfile.write(root / "h.opus", np.zeros(16_000), RATE, "OPUS", format="OGG")
-    (root / "run" / "model.pt").touch()
     for name, target in (("link", "else"), ("loop", "data")):
         (root / name).symlink_to(tmp_path / target)
     (root / "take.mid").write_bytes(b"MThd")
@@ -551,7 +542,7 @@ def test_audio_folder_cuts_sounds_of_one_length(tmp_path):
     assert m.AudioFolder(tmp_path, 8000)[1].shape == (8000,)
 
 def test_audio_folder_labels_and_holds_out(tmp_path):
-    """NSynth's names give labels; folders -valid are held out, else a 20th, by the name alone."""
+    """NSynth's names give labels; folders -valid are held out, else 5 of 82 at random."""
     for name in ("n-train/guitar_acoustic_004-071-025", "n-train/bass_000-030-127",
                  "n-valid/guitar_acoustic_009-050-100"):
         write_note(tmp_path / f"{name}.wav")
@@ -559,14 +550,11 @@ def test_audio_folder_labels_and_holds_out(tmp_path):
     assert data.sources == ["bass", "guitar_acoustic"]
     assert data.labels.tolist() == [[30, 127, 0], [71, 25, 1], [50, 100, 1]]
     assert data.valid.tolist() == [False, False, True]
-    held = []
-    for i in range(81):
-        shutil.copy(data.pieces[0][0], tmp_path / "n-train" / f"{99 - i}.wav")
-        if i > 78:
-            data = m.AudioFolder(tmp_path / "n-train")
-            held.append({path.stem for (path, _), valid in zip(data.pieces, data.valid) if valid})
-    assert 0 < len(held[0]) < 12
-    assert held[1] - {"19"} == held[0]                     # one more changes nothing for the others
+    for i in range(80):
+        shutil.copy(data.pieces[0][0], tmp_path / "n-train" / f"{i}.wav")
+    held = m.AudioFolder(tmp_path / "n-train").valid
+    assert held.sum() == 5
+    assert held.nonzero().diff(dim=0).max() > 5            # not neighbours
 
 def test_download_nsynth(tmp_path):
     """The right checksum unpacks, once, and not out of its folder; a wrong one leaves nothing."""
@@ -614,11 +602,6 @@ def test_music2latent(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not load.*put.*music2latent/models"):
         m.Music2Latent()
 
-def curve_codec():
-    codec = small_vae(strides=(4, 5, 5))                   # frames of 100 samples
-    codec.sample_rate = RATE
-    return codec.requires_grad_(False)
-
 def test_curves():
     """MIDI 72 at level 0.25: 0.25 and one octave; 72, a rest, 60, each of 2.5 frames."""
     two = torch.stack([0.25 * sine(hertz(72)), torch.zeros(8000)])
@@ -649,7 +632,8 @@ def test_encode_all(tmp_path):
     """Standardised by mean and std of the training part; pairs of held-out sounds travel along."""
     data = m.Plucks(24, seconds=0.25)
     data.audio[data.valid] += 100                          # would spoil the statistics
-    codec = curve_codec()
+    codec = small_vae(strides=(4, 5, 5))                   # frames of 100 samples
+    codec.sample_rate = RATE
     state = m.encode_all(codec, data, tmp_path / "a.pt", "control", batch=5)
     latents = codec.encode(data.audio)
     mean = latents[:20].mean((0, 2))[:, None]
@@ -666,7 +650,7 @@ def test_encode_all(tmp_path):
 
 def test_learning_rate_and_warm_average():
     """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/11, 1 - 2/11 3/12; at most 0.998."""
-    rates = [m.learning_rate(step, 1000, 1.0, 0.3) for step in (0, 99, 500, 850, 1000)]
+    rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 99, 500, 750, 1000)]
     assert near(rates, [0.005, 0.5, 1, 0.5, 0])
     average = [torch.zeros(1)]
     for value, count, mean in ((1, 1, 9 / 11), (1, 2, 21 / 22), (0, 10 ** 6, 0.998 * 21 / 22)):
@@ -676,14 +660,33 @@ def test_learning_rate_and_warm_average():
 def read_log(folder):
     return {row[2]: float(row[3]) for row in csv.reader((folder / "log.csv").open())}
 
+def test_muon():
+    """Singular values 1, 2, 3 of the norm sqrt(14) go through two polynomials; a kernel [4, 1, 3]
+    moves by 0.4 sqrt(4) lr of what comes out, a bias by lr."""
+    left, right = (torch.linalg.qr(normal32(n, 3)).Q for n in (4, 3))
+    values = torch.tensor([1.0, 2, 3])
+    gradient = left * values @ right.T
+    values = values / 14 ** 0.5
+    for a, b, c in ((8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)):
+        values = a * values + b * values ** 3 + c * values ** 5
+    assert near(m.orthogonalise(gradient.T), (left * values @ right.T).T, 1e-4)
+    net = nn.Conv1d(1, 4, 3)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    net.weight.grad = gradient[:, None]
+    net.bias.grad = torch.ones(4)
+    m.Muon(net, 0.01).step()
+    assert near(net.weight[:, 0], -0.008 * (left * values @ right.T), 1e-5)
+    assert near(net.bias, -0.01)
+
 def test_fit(tmp_path):
     """A slope of 1000 is clipped to 1: Adam's moment is 0.1, the first step -rate/200. No NaN."""
-    net = nn.Linear(1, 1, bias=False)
+    net = nn.Embedding(1, 1)
     nn.init.zeros_(net.weight)
     def learn(step, slope=1000.0):
         (slope * net.weight.sum()).backward()
         return {"loss": torch.tensor(slope)}
-    given = (1e-3, seeded(), (0.9, 0.99), None, 0.3)
+    given = (1e-3, seeded(), None)
     average = m.fit("it", net, learn, 1, tmp_path / "a.pt", *given)
     assert near(net.weight * 1e3, -1 / 200)
     assert torch.equal(average.weight, net.weight)
@@ -719,20 +722,18 @@ def learn_latents(path, steps, flow):
     return x
 
 def test_train_diffusion(tmp_path):
-    """Trained on 15 of 20, 0.19 of the labels withheld; the loss of 0 beside it is 2."""
+    """Trained on 15 of 20, 0.19 of the labels withheld."""
     flow = Watched()
     x = learn_latents(tmp_path / "model.pt", 100, flow)
     trained, labels = map(torch.cat, zip(*[seen for seen in flow.seen if len(seen[0]) == 4]))
     assert len(trained) == 400
     assert all((item == x[:15]).all((1, 2)).any() for item in trained)
     assert near((labels == -1).float().mean(), 0.19, 0.06)
-    held = [labels.min() for batch, labels in flow.seen if len(batch) != 4]
-    assert min(held) >= 30                                # of the last five, and none withheld
-    assert near(read_log(tmp_path)["of zero"], 2, 0.5)
+    assert min(labels.min() for x, labels in flow.seen if len(x) == 2) >= 30   # of the last five
 
 def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
     """2 steps and 2 more equal 4 at a constant rate, bit for bit: model and codec."""
-    monkeypatch.setattr(m, "learning_rate", lambda step, steps, peak, fall: peak)
+    monkeypatch.setattr(m, "learning_rate", lambda step, steps, peak: peak)
     audio = m.Plucks(12, seconds=0.25).audio
     for name, steps in (("one", 4), ("two", 2), ("two", 4)):
         learn_latents(tmp_path / f"{name}.pt", steps, Watched())
@@ -741,8 +742,7 @@ def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
         assert same(m.load_checkpoint(tmp_path / one), m.load_checkpoint(tmp_path / two))
 
 def test_train_codec_blurs_and_balances(tmp_path):
-    """Blur 3 makes the latents vary ten times as much; half-way it is 1.5, and 3.25 times. Notes
-    with silent halves: in log.csv a loss has its weight's share, within a third."""
+    """Blur 3: ten times the variance; half-way 1 + 1.5^2. Silent halves: shares as the weights."""
     audio = m.Plucks(12, seconds=0.5).audio
     seen = []
     for blur in (0.0, 3.0):
@@ -804,7 +804,6 @@ def test_evaluate(run):
     assert near(found["frechet_floor"], m.frechet_distance(a, b), 1e-3)
     assert set(found["frechet"]) == set(found["pitch_accuracy"]) == {"1", "3"}
     assert [found[key] for key in ("count", "seed", "steps", "nfe")] == [2, 5, 2, 3]
-    assert ask(f"evaluate --run {run} --steps 1 --cfg 2") == 0
 
 def test_sample(run, tmp_path):
     """A seed gives the same bytes, both --pitch are played, nothing is overwritten; all options."""
@@ -836,8 +835,7 @@ def test_sample_from_a_sound(run, tmp_path):
     assert wavs(tmp_path / "one") == wavs(tmp_path / "fresh") != wavs(tmp_path / "half")
 
 def test_resume(run, tmp_path):
-    """6 steps become 8, with the data named in another way; 8 stay 8. A codec that has its steps is
-    kept, and the model is trained."""
+    """6 steps become 8, with the data named anew; 8 stay 8. A codec that has its steps is kept."""
     copy = shutil.copytree(run, tmp_path / "run")
     assert ask(f"train --run {copy} --resume --steps 8 --data {run.parent}/data/.") == 0
     assert m.load_checkpoint(copy / "model.pt")["step"] == 8
