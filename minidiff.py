@@ -1,8 +1,8 @@
 """minidiff: audio latent diffusion in one file to read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-latents: ask for a pitch, and hear a note that nobody has played. To copy a piece, take the imports
-and what its docstring lists after "Lifts out with".
+latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
+0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
     python minidiff.py toy    # the whole idea, in ten seconds
     python minidiff.py train  # an instrument, in minutes
@@ -13,7 +13,7 @@ The alphabet
   Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
   x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
-  w is the guidance scale: 1 is off, 0 ignores the condition.
+  w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
   Other letters stand by their formula.
@@ -122,9 +122,9 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
 #
-# Each (x_0, noise) is a path x_t. Inflow and outflow at a point depend only on the mean velocity
-# there. So points that follow the mean have, at every t, the density of x_t ([1] th. 3.3): what
-# starts as noise at the largest t arrives at t = 0 distributed as the data.
+# Each (x_0, noise) is a path; flow through a point is density times mean velocity. So
+# points that follow the mean have, at every t, the density of x_t ([1] th. 3.3): what starts as
+# noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. Loss: of a net
@@ -307,8 +307,8 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
-# the steps leave 1/2, 1/4, 1/8 of the error. The third can also add fresh noise at each step and
-# take as much away along the score: x_t keeps its density ([17] eq. 13), but forgets early errors.
+# the steps leave 1/2, 1/4, 1/8 of the error. Unless eta = 0, the third also adds fresh noise and
+# takes as much away along the score: x_t keeps its density ([17] eq. 13), but forgets early errors.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -347,8 +347,9 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
-    In lambda = -ln sigma, dx/dlambda = (1 + eta) (x_0^ - x) + noise; eta = 0 is the ODE. A step h
-    of lambda is exact if x_0^ is on the parabola through its last three values.
+    In lambda = -ln sigma, dx/dlambda = (1 + eta) (x_0^ - x), the ODE if eta = 0, plus noise of
+    variance 2 eta sigma^2. A step h of lambda is exact if x_0^ is on the parabola through its last
+    three values, weighed by phi_1, phi_2 and phi_3, integrals of the exponential.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -366,7 +367,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
             slope = slope + bend * (l0 - l1) / 2  # at l0, not midway
         h = math.log(sigma / sigma_next)
         g = (1 + eta) * h
-        phi_1 = -math.expm1(-g)  # 1 - e^-g
+        phi_1 = -math.expm1(-g)
         phi_2 = 1 - phi_1 / g
         phi_3 = 1 / 2 - phi_2 / g
         x = math.exp(-g) * x + phi_1 * x_0 + h * phi_2 * slope + h ** 2 * phi_3 * bend
@@ -401,11 +402,11 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         raise ValueError(f"init_noise must be from 0 to {objective.t_max:g}, got {start:g}")
     if start == 0:
         return init
-    if schedule is None:
+    if schedule is None:  # in sigma/alpha, which all objectives share
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)  # even in rectified flow's t
-        schedule = flow_times / (1 - flow_times)  # sigma / alpha, inf at pure noise
+        schedule = flow_times / (1 - flow_times)  # inf at pure noise
         if sampler == "dpmpp_3m_sde":  # even in lambda
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -603,7 +604,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
     fall = (1 + 3 * decay) * (1 + 0.15 * (k - 1)) * math.sqrt(f_0 / 220)
     loud = (f <= 0.45 * sample_rate) * (math.pi * k * place).sin() / k * ((1 - k) * dull).exp()
     when = torch.arange(round(seconds * sample_rate)) / sample_rate
-    turns = (f * when.double()).frac().float()  # float32 is precise near 0
+    turns = (f * when.double()).frac().float()
     audio = (loud.float() * (-fall.float() * when).exp() * (math.tau * turns).cos()).sum(0)
     fade = (when / 0.003).clamp(max=1) * ((seconds - when) / 0.02).clamp(0, 1)
     return (0.1 + 0.8 * force) / audio.abs().max().clamp_min(1e-12) * fade * audio
@@ -618,7 +619,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     periods peak as high as one, so delays pay 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
-    width = 4 * longest // finer
+    width = 4 * longest // finer  # four periods
     left = (width - hop) // 2
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
@@ -667,7 +668,7 @@ def note_pitch(track):
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, one learned a > 0 per channel ([10] eq. 3): [B, D, T] -> same.
-    It waves for ever, where a ReLU goes straight, so it can continue a tone."""
+    It waves for ever, as tones do; a ReLU goes straight."""
     def __init__(self, channels):
         super().__init__()
         self.log_a = nn.Parameter(torch.zeros(channels, 1))
@@ -704,7 +705,7 @@ class SnakeVAE(nn.Module):
             encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
             decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
                        nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder
-        encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))
+        encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))  # before the last Snake
         decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, 1, 1))
         self.decoder = nn.Sequential(nn.Conv1d(channels, b, 3, 1, 1), *decoder)
@@ -715,7 +716,7 @@ class SnakeVAE(nn.Module):
         """Levelled audio [B, T] -> mean, log_variance, [B, C - 1, L] each."""
         audio = F.pad(audio, (0, -audio.shape[1] % self.hop))
         mean, log_variance = self.encoder(audio[:, None]).chunk(2, 1)
-        return mean, log_variance.clamp(-20, 20)  # keeps variances finite
+        return mean, log_variance.clamp(-20, 20)
     def stretch(self, curve):
         """By linear interpolation: [B, L] -> [B, L * hop]."""
         return F.interpolate(curve[:, None], scale_factor=self.hop, mode="linear")[:, 0]
@@ -743,9 +744,9 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. We use these, squared error and L1, the mean
-# |error|. Where several sounds fit, the decoder plays their dull average. A discriminator, with
-# --adversarial-from, learns to hear that, and the decoder to fool it.
+# magnitudes of a spectrogram forget the phase. We compare these, and to hold the phase the RMS
+# error and L1, the mean |error|. Where several sounds fit, the decoder plays their dull average,
+# which a discriminator learns to hear (--adversarial-from), and the decoder to avoid.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -832,7 +833,7 @@ class LossBalancer(nn.Module):
 # ---
 # 8. Data: where do the notes come from?
 #
-# data[i] is a sound [T]. data.labels [N, 3] are its pitch, velocity and source (the instrument),
+# data[i] is a sound [T]. data.labels [N, 3] are its pitch, MIDI velocity and instrument (source),
 # data.valid [N] marks what is held out. Each sound is encoded once, and standardised: else noise of
 # variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves instead of
 # labels: the loudness and pitch of each frame.
@@ -939,7 +940,7 @@ def download_nsynth(folder="data", url=NSYNTH_URL, sha256=NSYNTH_SHA256):
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{url}: {error}") from None
     zipfile.ZipFile(f"{target}.zip").extractall(f"{target}.new")
-    os.replace(f"{target}.new", target)  # all or nothing
+    os.replace(f"{target}.new", target)
     return target
 
 class Music2Latent:
@@ -979,7 +980,7 @@ def melody_curves(melody, frames_per_note, played):
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -4.9
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
-    fade = change[voiced[1:] & voiced[:-1]].median()  # per frame
+    fade = change[voiced[1:] & voiced[:-1]].median()
     edges = [round(k * frames_per_note) for k in range(len(melody) + 1)]
     curves = torch.tensor([[0.0], [-5.0]]).repeat(1, edges[-1])
     for pitch, (a, b) in zip(melody, pairwise(edges)):
@@ -1030,15 +1031,15 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # ---
 # 9. Training: how do we get good weights?
 #
-# The gradient of a weight matrix stretches few directions much and most hardly, by its singular
-# values, so a step along it learns little of the rest. Muon [20] brings these values near 1.
+# The gradient of a weight matrix has a few large singular values and many small ones: a step along
+# it moves few directions. Muon [20] brings all of them near 1.
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
 # the next step needs: on a CPU, a training cut short and resumed ends with the same bits. With
-# torchrun, each GPU draws its part of the batch, and gradients are averaged.
+# torchrun, each GPU draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 2000`. It goes on from step 1800.
+# Try: `python minidiff.py train --resume --steps 1700`. It goes on from step 1500.
 
 # Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
@@ -1051,16 +1052,16 @@ def learning_rate(step, steps, peak, warmup=200):
 
 def warm_average(averages, weights, count):
     """EMA, for AveragedModel: a small decay at first forgets the start."""
-    decay = min((1 + count.item()) / (10 + count.item()), 0.998)
+    decay = min((1 + count.item()) / (5 + count.item()), 0.998)
     for average, weight in zip(averages, weights):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """The matrix x with singular values of about 1: of |x|, 0.006 to 1 become 0.2 to 2 [21]."""
+    """The matrix x with singular values near 1: 0.006 to 1 times |x| become 0.2 to 2 [21]."""
     tall = len(x) > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp_min(1e-12)
-    # A polynomial of x x^T, times x, is one of each singular value.
+    # Each singular value s becomes a s + b s^3 + c s^5.
     for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
@@ -1080,7 +1081,7 @@ class Muon(torch.optim.AdamW):
             if p not in self.state:
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
+            matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))  # the newest counts twice
             p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
             p.grad = None  # AdamW leaves it out
         super().step()
@@ -1098,7 +1099,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if RANK == 0:
-            generator.set_state(state["generator"])  # others: from their seeds
+            generator.set_state(state["generator"])
     rows = []
     while done < steps:
         optimiser.param_groups[0]["lr"] = learning_rate(done, steps, lr)
@@ -1175,7 +1176,7 @@ def drop_conditions(cond, generator, p=0.1):
                       value.masked_fill(drop[:, :, None], math.nan))
     return kept
 
-def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=32, lr=2.5e-3,
+def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=32, lr=1.5e-3,
                     settings=None):
     """Train net on latents x [N, C, L] and cond {name: [N, ...]}; returns its average. The loss of
     those held out, `valid` [N], is logged."""
@@ -1210,7 +1211,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
-    m: means, C: covariances. Compare only at equal N."""
+    m: means, C: covariances. Few rows raise it: compare at equal N."""
     if min(len(a), len(b)) < 2:
         raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
@@ -1313,7 +1314,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
                     for i, sound in enumerate(audio[:4])}
 
 def save_spectrogram(path, audio, rate, columns=320, top=3000):
-    """Draw audio [T] as a bitmap: 0 to `top` Hz upwards, white 80 dB below the loudest."""
+    """A bitmap of audio [T]: 0 to `top` Hz upwards, white 80 dB below the loudest."""
     size = 2 ** round(math.log2(rate / 16))
     S = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
     decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
@@ -1389,9 +1390,9 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=2400, help="(default 2400)")
-    add("--steps", type=count, default=1300, help="of the model (default 1300)")
-    add("--lr", type=between(0, 1), default=0.0025, help="(0.0025; the codec's: 0.4 of it)")
+    add("--codec-steps", type=count, default=2000, help="(default 2000)")
+    add("--steps", type=count, default=1500, help="of the model (default 1500)")
+    add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; the codec's: 0.7 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
     train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
@@ -1426,7 +1427,7 @@ def prepare(s, folder):
     else:
         audio = torch.stack([data[i] for i in (~data.valid).nonzero()[:, 0]])
         codec = train_codec(SnakeVAE(data.sample_rate).to(s.device), audio, s.codec_steps,
-                            folder / "codec.pt", s.seed, lr=0.4 * s.lr, settings=vars(s),
+                            folder / "codec.pt", s.seed, lr=0.7 * s.lr, settings=vars(s),
                             adversarial_from=s.adversarial_from or math.inf)
     encode_all(codec, data, folder / "latents.pt", s.condition, s.device)
 
@@ -1446,7 +1447,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(s, folder)
-    while not latents.exists():  # the others wait for rank 0
+    while not latents.exists():  # rank 0
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()

@@ -649,11 +649,11 @@ def test_encode_all(tmp_path):
     assert same(m.load_checkpoint(tmp_path / "a.pt"), state)
 
 def test_learning_rate_and_warm_average():
-    """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/11, 1 - 2/11 3/12; at most 0.998."""
+    """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/6, 1 - 2/6 3/7; at most 0.998."""
     rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 99, 500, 750, 1000)]
     assert near(rates, [0.005, 0.5, 1, 0.5, 0])
     average = [torch.zeros(1)]
-    for value, count, mean in ((1, 1, 9 / 11), (1, 2, 21 / 22), (0, 10 ** 6, 0.998 * 21 / 22)):
+    for value, count, mean in ((1, 1, 2 / 3), (1, 2, 6 / 7), (0, 10 ** 6, 0.998 * 6 / 7)):
         m.warm_average(average, [torch.full((1,), float(value))], torch.tensor(count))
         assert near(average[0], mean)
 
