@@ -122,9 +122,9 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
 #
-# Each (x_0, noise) is a path; flow through a point is density times mean velocity. So
-# points that follow the mean have, at every t, the density of x_t ([1] th. 3.3): what starts as
-# noise at the largest t arrives at t = 0 distributed as the data.
+# Each (x_0, noise) is a path. Flow through a point is density times mean velocity: the same for
+# these paths and for points that follow the mean. So these have, at every t, the density of x_t
+# ([1] th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. Loss: of a net
@@ -194,7 +194,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """The target is v = dx_t/d(angle) ([16] appendix D); s avoids sigma < 0.012: hard to see."""
+    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma above 0.012."""
     s: float = 0.008
 
     def angle(self, t):
@@ -307,8 +307,8 @@ class GuidedNet:
 # A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
-# the steps leave 1/2, 1/4, 1/8 of the error. Unless eta = 0, the third also adds fresh noise and
-# takes as much away along the score: x_t keeps its density ([17] eq. 13), but forgets early errors.
+# the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh
+# noise and moves as far along the score: x_t keeps its density ([17] eq. 13), not early errors.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -348,8 +348,8 @@ def heun(velocity, x, times):
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
     In lambda = -ln sigma, dx/dlambda = (1 + eta) (x_0^ - x), the ODE if eta = 0, plus noise of
-    variance 2 eta sigma^2. A step h of lambda is exact if x_0^ is on the parabola through its last
-    three values, weighed by phi_1, phi_2 and phi_3, integrals of the exponential.
+    variance 2 eta sigma^2 per lambda. A step h is exact if x_0^ is on the parabola through its
+    last three values: phi_k is the integral of g e^(g (u - 1)) u^(k-1) / (k-1)!, u from 0 to 1.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -619,7 +619,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     periods peak as high as one, so delays pay 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
-    width = 4 * longest // finer  # four periods
+    width = 4 * longest // finer
     left = (width - hop) // 2
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
@@ -744,9 +744,9 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. We compare these, and to hold the phase the RMS
-# error and L1, the mean |error|. Where several sounds fit, the decoder plays their dull average,
-# which a discriminator learns to hear (--adversarial-from), and the decoder to avoid.
+# magnitudes of a spectrogram forget the phase. We compare these; RMS error and L1, the mean
+# |error|, hold the phase. Where several sounds fit, the decoder plays their dull average, which a
+# discriminator learns to hear (--adversarial-from), and the decoder to avoid.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -1039,7 +1039,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # the next step needs: on a CPU, a training cut short and resumed ends with the same bits. With
 # torchrun, each GPU draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 1700`. It goes on from step 1500.
+# Try: `python minidiff.py train --resume --steps 2400`. It goes on from step 2200.
 
 # Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
@@ -1081,7 +1081,7 @@ class Muon(torch.optim.AdamW):
             if p not in self.state:
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))  # the newest counts twice
+            matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
             p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
             p.grad = None  # AdamW leaves it out
         super().step()
@@ -1390,8 +1390,8 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=2000, help="(default 2000)")
-    add("--steps", type=count, default=1500, help="of the model (default 1500)")
+    add("--codec-steps", type=count, default=2600, help="(default 2600)")
+    add("--steps", type=count, default=2200, help="of the model (default 2200)")
     add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; the codec's: 0.7 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
@@ -1447,7 +1447,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(s, folder)
-    while not latents.exists():  # rank 0
+    while not latents.exists():  # for rank 0
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
