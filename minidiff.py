@@ -407,7 +407,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)  # even in rectified flow's t
         schedule = flow_times / (1 - flow_times)  # inf at pure noise
-        if sampler == "dpmpp_3m_sde":  # even in lambda
+        if sampler == "dpmpp_3m_sde":
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
@@ -546,7 +546,7 @@ class UNet1d(nn.Module):
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
-        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first, without [0]
+        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first
             x = F.interpolate(x, skip.shape[2])
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
@@ -1068,12 +1068,13 @@ def orthogonalise(x):
     return x.T if tall else x
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but linear layers and convolutions step along the moving average of their gradients,
-    orthogonalised ([20] section 2), by about 0.4 lr (RMS)."""
+    """AdamW, but linear layers and convolutions, unless huge, step along the moving average of
+    their gradients, orthogonalised ([20] section 2), by about 0.4 lr (RMS)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
         kinds = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
-        self.matrices = [layer.weight for layer in net.modules() if isinstance(layer, kinds)]
+        self.matrices = [layer.weight for layer in net.modules()
+                         if isinstance(layer, kinds) and len(layer.weight) < 1000]
     @torch.no_grad()
     def step(self):
         lr = self.param_groups[0]["lr"]
@@ -1083,7 +1084,7 @@ class Muon(torch.optim.AdamW):
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
             p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
-            p.grad = None  # AdamW leaves it out
+            p.grad = None  # not for AdamW
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
@@ -1392,7 +1393,7 @@ def build_parser(**saved):
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
     add("--codec-steps", type=count, default=2600, help="(default 2600)")
     add("--steps", type=count, default=2200, help="of the model (default 2200)")
-    add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; the codec's: 0.7 of it)")
+    add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; codec: 0.7 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
     train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
@@ -1447,7 +1448,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(s, folder)
-    while not latents.exists():  # for rank 0
+    while not latents.exists():
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()

@@ -661,23 +661,23 @@ def read_log(folder):
     return {row[2]: float(row[3]) for row in csv.reader((folder / "log.csv").open())}
 
 def test_muon():
-    """Singular values 1, 2, 3 of the norm sqrt(14) go through two polynomials; a kernel [4, 1, 3]
-    moves by 0.4 sqrt(4) lr of what comes out, a bias by lr."""
+    """A kernel [4, 1, 3] moves by 0.4 sqrt(4) lr times the gradient with its singular values put
+    through two polynomials; then by 0.045 of this gradient + 0.0975 of the next. A bias: by lr."""
     left, right = (torch.linalg.qr(normal32(n, 3)).Q for n in (4, 3))
-    values = torch.tensor([1.0, 2, 3])
-    gradient = left * values @ right.T
-    values = values / 14 ** 0.5
-    for a, b, c in ((8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)):
-        values = a * values + b * values ** 3 + c * values ** 5
-    assert near(m.orthogonalise(gradient.T), (left * values @ right.T).T, 1e-4)
+    first, second = torch.tensor([[1.0, 2, 3], [3, 1, 1]])
     net = nn.Conv1d(1, 4, 3)
-    nn.init.zeros_(net.weight)
-    nn.init.zeros_(net.bias)
-    net.weight.grad = gradient[:, None]
-    net.bias.grad = torch.ones(4)
-    m.Muon(net, 0.01).step()
-    assert near(net.weight[:, 0], -0.008 * (left * values @ right.T), 1e-5)
-    assert near(net.bias, -0.01)
+    muon = m.Muon(net, 0.01)
+    for gradient, values in ((first, first), (second, 0.045125 * first + 0.0975 * second)):
+        values = values / values.norm()
+        for a, b, c in ((8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)):
+            values = a * values + b * values ** 3 + c * values ** 5
+        wanted = [net.weight[:, 0] - 0.008 * left * values @ right.T, net.bias - 0.01]
+        net.weight.grad = (left * gradient @ right.T)[:, None]
+        net.bias.grad = torch.ones(4)
+        muon.step()
+        assert near(net.weight[:, 0], wanted[0])
+        assert near(net.bias, wanted[1])
+    assert not m.Muon(nn.Linear(2, 1000), 0.01).matrices   # large ones are AdamW's
 
 def test_fit(tmp_path):
     """A slope of 1000 is clipped to 1: Adam's moment is 0.1, the first step -rate/200. No NaN."""
