@@ -122,9 +122,9 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
 #
-# Each (x_0, noise) is a path. Flow through a point is density times mean velocity: the same for
-# these paths and for points that follow the mean. So these have, at every t, the density of x_t
-# ([1] th. 3.3): what starts as noise at the largest t arrives at t = 0 distributed as the data.
+# Each (x_0, noise) is a path. A density changes by what flows in and out, density times mean
+# velocity: the same for these paths and for points that follow the mean. So those points have, at
+# every t, the density of x_t ([1] th. 3.3): what starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. Loss: of a net
@@ -308,7 +308,8 @@ class GuidedNet:
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
 # the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh
-# noise and moves as far along the score: x_t keeps its density ([17] eq. 13), not early errors.
+# noise and moves by half its variance times the score: x_t keeps its density ([17] eq. 13), and
+# early errors fade.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
 # One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
@@ -554,8 +555,8 @@ class UNet1d(nn.Module):
 # ---
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
-# A plucked string is a sum of harmonics. The k-th has k times the frequency of the first; the place
-# of plucking and the dullness of the pick set its size, and it dies away.
+# A plucked string is a sum of harmonics. The k-th has about k times the frequency of the first; the
+# place of plucking and the dullness of the pick set its size, and it dies away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
 # repeat, so the peak's height r (1 at delay 0) is the harmonic share of the power (Boersma, IFA
@@ -566,7 +567,7 @@ class UNet1d(nn.Module):
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # whole, more: FFTs wrap round
+    seconds = math.ceil(1.1 * T / from_rate)  # room: FFTs wrap round
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -657,8 +658,8 @@ def note_pitch(track):
 #
 #     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# a gap between them, 0 if they are equal. It keeps variances from 0, so neighbouring latents
-# overlap: what a diffusion model can hit, the decoder can play.
+# a gap between them, 0 if equal. It keeps variances from 0, so neighbouring latents overlap: what a
+# diffusion model can hit, the decoder can play.
 #
 # Recorded notes differ a hundredfold in level, and each dies away. So a sound is divided by its
 # smooth level, which travels as channel 17.
@@ -704,7 +705,7 @@ class SnakeVAE(nn.Module):
             shape = 2 * s, s, (s + 1) // 2  # kernel, stride, padding: T -> T / s
             encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
             decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
-                       nn.ConvTranspose1d(b, a, *shape, s % 2)] + decoder
+                       nn.ConvTranspose1d(b, a, *shape, output_padding=s % 2)] + decoder
         encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))  # before the last Snake
         decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, 1, 1))
@@ -894,7 +895,7 @@ class AudioFolder(Dataset):
             if folder or "/." in f"/{path.relative_to(root).as_posix()}":  # hidden
                 continue
             try:
-                # Headers lie about the length.
+                # Headers lie.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
@@ -1032,7 +1033,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # 9. Training: how do we get good weights?
 #
 # The gradient of a weight matrix has a few large singular values and many small ones: a step along
-# it moves few directions. Muon [20] brings all of them near 1.
+# it moves few directions. Muon [20] makes all alike.
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
@@ -1079,7 +1080,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         lr = self.param_groups[0]["lr"]
         for p in self.matrices:
-            if p not in self.state:
+            if p not in self.state:  # as AdamW's
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
@@ -1146,8 +1147,8 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         starts = torch.randint(audio.shape[1] - crop + 1, (batch_size, 1), generator=generator)
         real = audio[chosen, starts + torch.arange(crop)].to(device)
         mean, log_variance = codec.posterior(real)
-        extra = blur * (1 - step / steps) * mean.detach()
-        variance = log_variance.exp() + extra.var((0, 2), keepdim=True)
+        blurred = blur * (1 - step / steps)
+        variance = log_variance.exp() + (blurred * mean.detach()).var((0, 2), keepdim=True)
         z = mean + variance.sqrt() * standard_normal(mean.shape, generator).to(mean)
         estimate = codec.decoder(z)[:, 0, :crop]
         l2 = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
@@ -1396,7 +1397,7 @@ def build_parser(**saved):
     add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; codec: 0.7 of it)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
-    train.set_defaults(**saved | {"device": gpu})  # what was saved is the default
+    train.set_defaults(**saved | {"device": gpu})  # as saved
     add = sample.add_argument
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
     add("--melody", type=note, nargs="+", help="pitches, r for a rest")
