@@ -1042,8 +1042,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 2400`. It goes on from step 2200.
 
-# Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2).
-OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(p_mean=0.5, p_std=1.3), "vp": VPDiffusion()}
+# Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2); edm starts at 20.
+OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1085,7 +1085,7 @@ class Muon(torch.optim.AdamW):
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
             p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
-            p.grad = None  # not for AdamW
+            p.grad = None
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
