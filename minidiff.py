@@ -347,10 +347,10 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order, once started, if eta = 0.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order if eta = 0.
     In lambda = -ln sigma, dx/dlambda = (1 + eta) (x_0^ - x), the ODE if eta = 0, plus noise of
-    variance 2 eta sigma^2 per lambda. A step h is exact if x_0^ is on the parabola through its
-    last three values: phi_k is the integral of g e^(g (u - 1)) u^(k-1) / (k-1)!, u from 0 to 1.
+    variance 2 eta sigma^2 per lambda. A step h is exact if x_0^ is on a parabola through the last
+    three. phi_k: integral of g e^(g (u - 1)) u^(k-1) / (k-1)!, u from 0 to 1, g = (1 + eta) h.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -804,8 +804,8 @@ def feature_matching_loss(real, fake):
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
-    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. `free` losses, such as
-    the KL, do not depend on the output."""
+    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. `free` losses (the KL)
+    do not depend on the output."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
@@ -895,7 +895,7 @@ class AudioFolder(Dataset):
             if folder or "/." in f"/{path.relative_to(root).as_posix()}":  # hidden
                 continue
             try:
-                # Headers lie.
+                # Headers lie about length.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
@@ -1033,7 +1033,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # 9. Training: how do we get good weights?
 #
 # The gradient of a weight matrix has a few large singular values and many small ones: a step along
-# it moves few directions. Muon [20] makes all alike.
+# it moves few directions. Muon [20] makes them alike.
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
@@ -1085,7 +1085,7 @@ class Muon(torch.optim.AdamW):
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
             p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
-            p.grad = None
+            p.grad = None  # AdamW skips it
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
@@ -1209,7 +1209,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
 # below 1 is a copy.
 #
-# Try: `python minidiff.py evaluate --run runs/plucks --steps 3`. Which figures get worse?
+# Try: `python minidiff.py evaluate --run runs/plucks --steps 3`. Frechet grows.
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
