@@ -268,7 +268,7 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
 # weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
-# fit the condition better but are more alike, and the answers' deviation (std) grows; `rescale`
+# fit the condition better but are more alike, and the answers' deviation grows; `rescale`
 # undoes that [5].
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
@@ -403,10 +403,11 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         raise ValueError(f"init_noise must be from 0 to {objective.t_max:g}, got {start:g}")
     if start == 0:
         return init
-    if schedule is None:  # in sigma/alpha, which all objectives share
+    if schedule is None:
+        # In sigma/alpha, which all objectives share, but even in rectified flow's t.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
-        flow_times = linear_times(steps, flow_t)  # even in rectified flow's t
+        flow_times = linear_times(steps, flow_t)
         schedule = flow_times / (1 - flow_times)  # inf at pure noise
         if sampler == "dpmpp_3m_sde":
             high = min(80.0, schedule[0].item())
@@ -567,7 +568,7 @@ class UNet1d(nn.Module):
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # room: FFTs wrap round
+    seconds = math.ceil(1.1 * T / from_rate)  # silence, for an FFT joins the ends
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -630,7 +631,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
-    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # r at peaks
+    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # elsewhere 0
     octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
@@ -706,10 +707,11 @@ class SnakeVAE(nn.Module):
             encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
             decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
                        nn.ConvTranspose1d(b, a, *shape, output_padding=s % 2)] + decoder
-        encoder.insert(-1, Recurrent(b, b // 2, bidirectional=True))  # before the last Snake
-        decoder.insert(0, Recurrent(b, b // 2, bidirectional=True))
-        self.encoder = nn.Sequential(*encoder, nn.Conv1d(b, 2 * channels, 3, 1, 1))
-        self.decoder = nn.Sequential(nn.Conv1d(channels, b, 3, 1, 1), *decoder)
+        wide = widths[-1]
+        encoder.insert(-1, Recurrent(wide, wide // 2, bidirectional=True))
+        decoder.insert(0, Recurrent(wide, wide // 2, bidirectional=True))
+        self.encoder = nn.Sequential(*encoder, nn.Conv1d(wide, 2 * channels, 3, 1, 1))
+        self.decoder = nn.Sequential(nn.Conv1d(channels, wide, 3, 1, 1), *decoder)
         # Little noise at first: a decoder that hears only noise learns to ignore the latents.
         nn.init.normal_(self.encoder[-1].weight[channels:], std=1e-3)
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
@@ -747,7 +749,7 @@ def kl_divergence(mean, log_variance):
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
 # magnitudes of a spectrogram forget the phase. We compare these; RMS error and L1, the mean
 # |error|, hold the phase. Where several sounds fit, the decoder plays their dull average, which a
-# discriminator learns to hear (--adversarial-from), and the decoder to avoid.
+# discriminator, the judge, learns to hear (--adversarial-from), and the decoder to avoid.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -814,8 +816,6 @@ class LossBalancer(nn.Module):
         self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
 
     def backward(self, losses, output, free=None):
-        if losses.keys() - self.weights:
-            raise ValueError(f"expected {[*self.weights]}, got {[*losses]}")
         total = sum(self.weights[name] for name in losses)
         balanced = torch.zeros_like(output)
         self.shares = {}
@@ -843,7 +843,7 @@ class LossBalancer(nn.Module):
 # hear notes, and now and then a rest.
 
 class Plucks(Dataset):
-    """Plucked strings: note i has pitch 40 + i mod 37."""
+    """Plucked strings: note i has pitch 40 + i mod 37 and one of five velocities."""
     sources = ["pluck"]
 
     def __init__(self, count=2220, seed=0, seconds=1.0, sample_rate=16_000):
@@ -852,12 +852,12 @@ class Plucks(Dataset):
         self.sample_rate = sample_rate
         note = torch.arange(count)
         self.valid = note >= count - count // 6
-        velocity = torch.randint(25, 128, (count,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        velocity = 25 * torch.randint(1, 6, (count,), generator=generator)
         self.labels = torch.stack([40 + note % 37, velocity, 0 * note], 1)
-        tones = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(count)]
-        self.audio = torch.stack([*map(self.play, range(count), tones)])  # [N, T]
-    def play(self, i, tone):
-        return pluck(*self.labels[i, :2].tolist(), self.seconds, self.sample_rate, tone)
+        self.audio = torch.stack([self.play(i, generator) for i in range(count)])
+    def play(self, i, generator):
+        return pluck(*self.labels[i, :2].tolist(), self.seconds, self.sample_rate, generator)
     def __len__(self):
         return len(self.audio)
     def __getitem__(self, i):
@@ -869,14 +869,14 @@ class Melodies(Plucks):
     def __init__(self, count=720, seed=0, seconds=2.0, sample_rate=16_000):
         super().__init__(count, seed, seconds, sample_rate)
         self.labels[:] = -1
-    def play(self, i, tone):
+    def play(self, i, generator):
         random = np.random.default_rng([self.seed, i])
         pitch = random.integers(46, 70)
         notes = []
         while sum(map(len, notes)) < (self.seconds + 1) * self.sample_rate:
             lasts = random.choice([0.25, 0.375, 0.5, 0.75, 1.0])
             pitch = np.clip(pitch + random.integers(-5, 6), 40, 76)
-            note = pluck(pitch, random.integers(40, 128), lasts, self.sample_rate, tone)
+            note = pluck(pitch, random.integers(40, 128), lasts, self.sample_rate, generator)
             notes.append(note if random.random() > 0.12 else 0 * note)
         first = int(random.random() * self.sample_rate)
         return torch.cat(notes)[first:][:round(self.seconds * self.sample_rate)]
@@ -1019,7 +1019,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))
+    pairs = max(1, min(185, len(held) // 2))  # 5 of each pluck
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1040,16 +1040,16 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # the next step needs: on a CPU, a training cut short and resumed ends with the same bits. With
 # torchrun, each GPU draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 2400`. It goes on from step 2200.
+# Try: `python minidiff.py train --resume --steps 2200`. It goes on from step 2000.
 
 # Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2); edm starts at 20.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-def learning_rate(step, steps, peak, warmup=200):
-    """Rises to `peak` in `warmup` steps, falls to 0 over the last half."""
-    return peak * min((step + 1) / warmup, 1.0, 2 * (steps - step) / steps)
+def learning_rate(step, steps, peak):
+    """Rises to `peak` in 60 steps, falls to 0 over the last half."""
+    return peak * min((step + 1) / 60, 1.0, 2 * (steps - step) / steps)
 
 def warm_average(averages, weights, count):
     """EMA, for AveragedModel: a small decay at first forgets the start."""
@@ -1059,32 +1059,31 @@ def warm_average(averages, weights, count):
 
 def orthogonalise(x):
     """The matrix x with singular values near 1: 0.006 to 1 times |x| become 0.2 to 2 [21]."""
-    tall = len(x) > x.shape[1]
-    x = x.T if tall else x
     x = x / x.norm().clamp_min(1e-12)
     # Each singular value s becomes a s + b s^3 + c s^5.
     for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return x
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but linear layers and convolutions, unless huge, step along the moving average of
-    their gradients, orthogonalised ([20] section 2), by about 0.4 lr (RMS)."""
+    """AdamW, but linear layers and convolutions step along the moving average of their gradients,
+    orthogonalised ([20] section 2), by about 0.2 lr (RMS)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
         kinds = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
-        self.matrices = [layer.weight for layer in net.modules()
-                         if isinstance(layer, kinds) and len(layer.weight) < 1000]
+        self.matrices = [layer.weight for layer in net.modules() if isinstance(layer, kinds)]
     @torch.no_grad()
     def step(self):
         lr = self.param_groups[0]["lr"]
         for p in self.matrices:
-            if p not in self.state:  # as AdamW's
+            if p not in self.state:  # in AdamW's form, for its state_dict
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            matrix = orthogonalise(p.grad.lerp(mean, 0.95).flatten(1))
-            p.sub_(0.4 * lr * max(matrix.shape) ** 0.5 * matrix.reshape(p.shape))
+            rows = p.grad.lerp(mean, 0.95).flatten(1)
+            blocks = [max(block.shape) ** 0.5 * orthogonalise(block)
+                      for block in rows.split(96)]  # less work so
+            p.sub_(0.2 * lr * torch.cat(blocks).reshape(p.shape))
             p.grad = None  # AdamW skips it
         super().step()
 
@@ -1129,7 +1128,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
                             **{name: part.state_dict() for name, part in parts.items()})
     return average.module
 
-def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4096,
+def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
     blur: noise on the latents, in deviations, fading: the decoder learns to bear a diffusion
@@ -1139,7 +1138,7 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
     crop = min(crop, audio.shape[1])
     audio = torch.cat([codec.levelled(some)[0] for some in audio.split(64)])
     judge = STFTDiscriminator().to(device)
-    judge_optimiser = torch.optim.AdamW(judge.parameters(), lr / 2, betas=(0.8, 0.99))
+    judge_adamw = torch.optim.AdamW(judge.parameters(), lr / 3, betas=(0.8, 0.99))
     weights = {"l1": 1, "l2": 1, "stft": 2, "adversarial": 1, "features": 2}
     balancer = LossBalancer(weights, ema_decay=0.99).to(device)
     def learn(step):
@@ -1156,16 +1155,16 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1e-3, crop=4
         seen = {"kl": kl_divergence(mean, log_variance)}
         if step >= adversarial_from:
             seen["judge"] = hinge_discriminator_loss(judge(real)[0], judge(estimate.detach())[0])
-            judge_optimiser.zero_grad()
+            judge_adamw.zero_grad()
             seen["judge"].backward()
-            judge_optimiser.step()
+            judge_adamw.step()
             logits, maps = judge(estimate)
             losses["adversarial"] = hinge_generator_loss(logits)
             losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
         return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
     return fit("codec", codec, learn, steps, path, lr, generator, settings, judge=judge,
-               judge_optimiser=judge_optimiser, balancer=balancer)
+               judge_adamw=judge_adamw, balancer=balancer)
 
 def drop_conditions(cond, generator, p=0.1):
     """Withhold each of n labels [B, n] or controls [B, n, L] with probability p, and all n of an
@@ -1186,18 +1185,22 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device = next(net.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    def loss_of(f, among, n, p=0.0):
+    def loss_of(f, among, n, p, generator):
         among = among.nonzero()[:, 0]
         chosen = among[torch.randint(len(among), (n,), generator=generator)]
         given = {name: value[chosen].to(device) for name, value in cond.items()}
         given = drop_conditions(given, generator, p)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return objective.loss(f, x[chosen].to(device), generator, **given)
+    seen = {}
     def learn(step):
-        loss = loss_of(model, ~valid, batch_size // WORLD, 0.1)
+        loss = loss_of(model, ~valid, batch_size // WORLD, 0.1, generator)
         loss.backward()
-        with torch.no_grad():
-            return {"loss": loss, "held out": loss_of(net, valid, 2)}
+        if step % 25 == 0 or not seen:
+            fresh = torch.Generator().manual_seed(step)
+            with torch.no_grad():
+                seen["held out"] = loss_of(net, valid, 25, 0.0, fresh)
+        return {"loss": loss} | seen
     return fit("diffusion", net, learn, steps, path, lr, generator, settings)
 
 # ---
@@ -1392,12 +1395,12 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=2600, help="(default 2600)")
-    add("--steps", type=count, default=2200, help="of the model (default 2200)")
-    add("--lr", type=between(0, 1), default=0.0015, help="(0.0015; codec: 0.7 of it)")
+    add("--codec-steps", type=count, default=2400, help="(default 2400)")
+    add("--steps", type=count, default=2000, help="of the model (default 2000)")
+    add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with the run")
-    train.set_defaults(**saved | {"device": gpu})  # as saved
+    train.set_defaults(**saved | {"device": gpu})  # --resume: as saved
     add = sample.add_argument
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
     add("--melody", type=note, nargs="+", help="pitches, r for a rest")
@@ -1429,7 +1432,7 @@ def prepare(s, folder):
     else:
         audio = torch.stack([data[i] for i in (~data.valid).nonzero()[:, 0]])
         codec = train_codec(SnakeVAE(data.sample_rate).to(s.device), audio, s.codec_steps,
-                            folder / "codec.pt", s.seed, lr=0.7 * s.lr, settings=vars(s),
+                            folder / "codec.pt", s.seed, lr=s.lr, settings=vars(s),
                             adversarial_from=s.adversarial_from or math.inf)
     encode_all(codec, data, folder / "latents.pt", s.condition, s.device)
 
@@ -1449,7 +1452,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(s, folder)
-    while not latents.exists():
+    while not latents.exists():  # rank 0 makes them
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
@@ -1510,7 +1513,6 @@ def sample_run(args):
     write_sounds(args.out or run.folder / "samples", sounds, settings["sample_rate"])
 
 def main(argv=None):
-    """A mistake exits with status 2, an interrupt with 130."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

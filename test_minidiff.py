@@ -475,8 +475,6 @@ def test_loss_balancer():
     balancer = m.LossBalancer({"a": 1, "b": 1})
     balancer.backward(losses, x, free={"kl": 7 * latent.sum()})
     assert near(latent.grad, 7)
-    with pytest.raises(ValueError, match="expected .'a', 'b'., got .'c'."):
-        balancer.backward({"c": x.sum()}, x)
     x = torch.zeros(2, 3, requires_grad=True)
     balancer = m.LossBalancer({"a": 1, "b": 3}, total_norm=2.0)
     balancer.backward({"a": x.sum(), "b": (torch.tensor([[1.0], [1000.0]]) * x).sum()}, x)
@@ -649,9 +647,9 @@ def test_encode_all(tmp_path):
     assert same(m.load_checkpoint(tmp_path / "a.pt"), state)
 
 def test_learning_rate_and_warm_average():
-    """1/200 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/6, 1 - 2/6 3/7; at most 0.998."""
-    rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 99, 500, 750, 1000)]
-    assert near(rates, [0.005, 0.5, 1, 0.5, 0])
+    """1/60 of the peak, 1/2, 1, 1/2, 0. Averages: 1 - 2/6, 1 - 2/6 3/7; at most 0.998."""
+    rates = [m.learning_rate(step, 1000, 1.0) for step in (0, 29, 500, 750, 1000)]
+    assert near(rates, [1 / 60, 0.5, 1, 0.5, 0])
     average = [torch.zeros(1)]
     for value, count, mean in ((1, 1, 2 / 3), (1, 2, 6 / 7), (0, 10 ** 6, 0.998 * 6 / 7)):
         m.warm_average(average, [torch.full((1,), float(value))], torch.tensor(count))
@@ -661,7 +659,7 @@ def read_log(folder):
     return {row[2]: float(row[3]) for row in csv.reader((folder / "log.csv").open())}
 
 def test_muon():
-    """A kernel [4, 1, 3] moves by 0.4 sqrt(4) lr times the gradient with its singular values put
+    """A kernel [4, 1, 3] moves by 0.2 sqrt(4) lr times the gradient with its singular values put
     through two polynomials; then by 0.045 of this gradient + 0.0975 of the next. A bias: by lr."""
     left, right = (torch.linalg.qr(normal32(n, 3)).Q for n in (4, 3))
     first, second = torch.tensor([[1.0, 2, 3], [3, 1, 1]])
@@ -671,16 +669,25 @@ def test_muon():
         values = values / values.norm()
         for a, b, c in ((8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)):
             values = a * values + b * values ** 3 + c * values ** 5
-        wanted = [net.weight[:, 0] - 0.008 * left * values @ right.T, net.bias - 0.01]
+        wanted = [net.weight[:, 0] - 0.004 * left * values @ right.T, net.bias - 0.01]
         net.weight.grad = (left * gradient @ right.T)[:, None]
         net.bias.grad = torch.ones(4)
         muon.step()
         assert near(net.weight[:, 0], wanted[0])
         assert near(net.bias, wanted[1])
-    assert not m.Muon(nn.Linear(2, 1000), 0.01).matrices   # large ones are AdamW's
+
+def test_muon_takes_96_rows_at_a_time():
+    """What follows the 96th row steps as it would alone."""
+    whole, alone = (nn.Linear(4, n, bias=False) for n in (99, 3))
+    gradient = normal32(99, 4)
+    for net, part in ((whole, gradient), (alone, gradient[96:])):
+        nn.init.zeros_(net.weight)
+        net.weight.grad = part
+        m.Muon(net, 0.01).step()
+    assert near(whole.weight[96:], alone.weight)
 
 def test_fit(tmp_path):
-    """A slope of 1000 is clipped to 1: Adam's moment is 0.1, the first step -rate/200. No NaN."""
+    """A slope of 1000 is clipped to 1: Adam's moment is 0.1, the first step -rate/60. No NaN."""
     net = nn.Embedding(1, 1)
     nn.init.zeros_(net.weight)
     def learn(step, slope=1000.0):
@@ -688,7 +695,7 @@ def test_fit(tmp_path):
         return {"loss": torch.tensor(slope)}
     given = (1e-3, seeded(), None)
     average = m.fit("it", net, learn, 1, tmp_path / "a.pt", *given)
-    assert near(net.weight * 1e3, -1 / 200)
+    assert near(net.weight * 1e3, -1 / 60)
     assert torch.equal(average.weight, net.weight)
     moment = m.load_checkpoint(tmp_path / "a.pt")["optimiser"]["state"][0]["exp_avg"]
     assert near(moment, 0.1, 1e-4)
@@ -729,7 +736,7 @@ def test_train_diffusion(tmp_path):
     assert len(trained) == 400
     assert all((item == x[:15]).all((1, 2)).any() for item in trained)
     assert near((labels == -1).float().mean(), 0.19, 0.06)
-    assert min(labels.min() for x, labels in flow.seen if len(x) == 2) >= 30   # of the last five
+    assert min(labels.min() for x, labels in flow.seen if len(x) == 25) >= 30   # of the last five
 
 def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
     """2 steps and 2 more equal 4 at a constant rate, bit for bit: model and codec."""
