@@ -11,7 +11,8 @@ latents: ask for a pitch, and hear a note that nobody has played. To copy a piec
 The alphabet
   B batch  T audio samples  C latent channels  L latent frames  D features  N how many
   Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
-  x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal.
+  x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal,
+  a deviation the root of a variance.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
@@ -123,12 +124,12 @@ def toy(steps=3000, seed=0):
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
 #
 # Each (x_0, noise) is a path. A density changes by what flows in and out, density times mean
-# velocity: the same for these paths and for points that follow the mean. So those points have, at
-# every t, the density of x_t ([1] th. 3.3): what starts as noise arrives distributed as the data.
+# velocity, so only the mean counts. Points that follow the mean have, at every t, the density of
+# x_t ([1] th. 3.3): what starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ only in scale: x_t / alpha is EDM's at the noise level sigma / alpha. Loss: of a net
-# that answers 0, for data of mean square 1.
+# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Loss: of a net that answers 0, for
+# data of mean square 1.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -150,7 +151,7 @@ def standard_normal(shape, generator=None):
     return torch.randn(shape, generator=generator)
 
 class Objective:
-    """Each adds alpha, sigma, target, denoise, velocity, sample_times and time_at(sigma/alpha) = t.
+    """A child adds alpha, sigma, target, denoise, velocity, sample_times, time_at(sigma/alpha) = t.
     t: a float or [B].  net: (x [B, ...], t [B], **cond) -> [B, ...].
     Lifts out with: expand, standard_normal. A child needs Objective too."""
     t_max = 1.0
@@ -219,9 +220,10 @@ class VPDiffusion(Objective):
 
 @dataclass
 class EDM(Objective):
-    """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7, Table 1); t is the noise level.
-    c_in and c_out give input and target variance 1, c_noise is the net's time. c_out scales the
-    net's error: c_skip is the one that makes c_out smallest ([3] B.6)."""
+    """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7); t is the noise level. For data
+    of deviation sigma_data, c_in and c_out give input and target variance 1; c_noise is the net's
+    time. c_out, the deviation of x_0 - c_skip x_t, scales the net's error: c_skip is the factor
+    that makes it smallest ([3] B.6)."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -260,8 +262,8 @@ class EDM(Objective):
 # 2. Guidance: how do we ask for a note?
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
-# p(x | condition) and p(x). By Bayes their ratio is proportional to p(condition | x). To get more
-# of the condition, raise it to a power w:
+# p(x | condition) and p(x), x at any t. By Bayes, their ratio is proportional to p(condition | x).
+# To get more of the condition, raise it to a power w:
 #
 #     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w   (~: proportional).
 #
@@ -304,7 +306,7 @@ class GuidedNet:
 # ---
 # 3. Samplers: how do we get from noise to a note?
 #
-# A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation (ODE), down a list of
+# A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation, down a list of
 # times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
 # lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
 # the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh
@@ -347,10 +349,11 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise; third order if eta = 0.
-    In lambda = -ln sigma, dx/dlambda = (1 + eta) (x_0^ - x), the ODE if eta = 0, plus noise of
-    variance 2 eta sigma^2 per lambda. A step h is exact if x_0^ is on a parabola through the last
-    three. phi_k: integral of g e^(g (u - 1)) u^(k-1) / (k-1)!, u from 0 to 1, g = (1 + eta) h.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
+    (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. So a step h leads to
+    e^-g x + the integral of g e^(g (u - 1)) x_0^(u), u from 0 to 1, with g = (1 + eta) h. There
+    x_0^(u) = x_0^ + u h slope + (u h)^2 / 2 bend, the parabola through the last three. Its terms
+    have the integrals phi_k, of g e^(g (u - 1)) u^(k-1) / (k-1)!, by parts.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -404,11 +407,11 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # In sigma/alpha, which all objectives share, but even in rectified flow's t.
+        # Even in rectified flow's t, turned to sigma/alpha for all.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
-        schedule = flow_times / (1 - flow_times)  # inf at pure noise
+        schedule = flow_times / (1 - flow_times)
         if sampler == "dpmpp_3m_sde":
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -437,7 +440,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 # ---
 # 4. The U-Net: which network can learn this?
 #
-# Noise is judged from close by, a pitch by the whole note. So the network halves L several times
+# Noise is judged from close by, a pitch by the whole note. So the network halves L a few times
 # and doubles it back; skip connections carry the detail. `UNet1d` [8] adds to `TutorialUNet`:
 #
 #     time       scales and shifts the features in every block
@@ -447,7 +450,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     position   near t = 1 nothing in x_t tells the start of a note from its end
 #
 # Try: `python minidiff.py sample --run runs/plucks --pitch 60 --seconds 3`. Frames past the
-# second that was learnt share one position: the note stops fading.
+# one second learnt share a position: the note stops fading.
 
 class TutorialUNet(nn.Module):
     """Convolutions, ReLU, skips by addition; t enters once, at the bottom: [B, C, L] -> same."""
@@ -538,7 +541,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives value, "is given", sine and cosine of 1, 2, 4, 8 turns a unit.
+        # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns a unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -595,7 +598,7 @@ def save_audio(path, audio, sample_rate):
     return peak
 
 def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
-    """A plucked string, random but in pitch: [T]. velocity: MIDI's force of the stroke, to 127."""
+    """A plucked string of random timbre: [T]. velocity: MIDI's force of the stroke, to 127."""
     point, bright, decay = torch.rand(3, generator=generator).double()
     force = velocity / 127
     f_0 = 440 * 2 ** ((pitch - 69) / 12)
@@ -626,8 +629,8 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
     def correlate(x):
-        # irfft pads the power spectrum: finer delays.
         power = torch.fft.rfft(x, n=2 * width).abs().square()
+        # Zeros above it: finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
@@ -712,7 +715,7 @@ class SnakeVAE(nn.Module):
         decoder.insert(0, Recurrent(wide, wide // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(wide, 2 * channels, 3, 1, 1))
         self.decoder = nn.Sequential(nn.Conv1d(channels, wide, 3, 1, 1), *decoder)
-        # Little noise at first: a decoder that hears only noise learns to ignore the latents.
+        # Little noise at first: a decoder that hears only noise ignores the latents.
         nn.init.normal_(self.encoder[-1].weight[channels:], std=1e-3)
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
     def posterior(self, audio):
@@ -813,7 +816,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i| and of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|; of 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -824,7 +827,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # corrected for starting at 0
+            mean = running[0] / running[1]  # as both start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -840,7 +843,7 @@ class LossBalancer(nn.Module):
 # labels: the loudness and pitch of each frame.
 #
 # Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
-# hear notes, and now and then a rest.
+# hear notes and rests.
 
 class Plucks(Dataset):
     """Plucked strings: note i has pitch 40 + i mod 37 and one of five velocities."""
@@ -895,7 +898,7 @@ class AudioFolder(Dataset):
             if folder or "/." in f"/{path.relative_to(root).as_posix()}":  # hidden
                 continue
             try:
-                # Headers lie about length.
+                # Headers lie.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
@@ -991,7 +994,7 @@ def melody_curves(melody, frames_per_note, played):
     return curves
 
 def save_checkpoint(path, **state):
-    """Write tensors, numbers, strings, lists, dicts; never half of them."""
+    """Write tensors, numbers, strings, lists, dicts."""
     torch.save(state, f"{path}.new")
     os.replace(f"{path}.new", path)
 
@@ -1019,7 +1022,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # 5 of each pluck
+    pairs = max(1, min(185, len(held) // 2))  # 5 of each pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1058,7 +1061,7 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """The matrix x with singular values near 1: 0.006 to 1 times |x| become 0.2 to 2 [21]."""
+    """The matrix x with alike singular values: 0.006 to 1 times |x| become 0.2 to 2 [21]."""
     x = x / x.norm().clamp_min(1e-12)
     # Each singular value s becomes a s + b s^3 + c s^5.
     for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
@@ -1068,7 +1071,7 @@ def orthogonalise(x):
 
 class Muon(torch.optim.AdamW):
     """AdamW, but linear layers and convolutions step along the moving average of their gradients,
-    orthogonalised ([20] section 2), by about 0.2 lr (RMS)."""
+    orthogonalised ([20] section 2), by 0.2 lr (RMS)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
         kinds = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
@@ -1077,12 +1080,12 @@ class Muon(torch.optim.AdamW):
     def step(self):
         lr = self.param_groups[0]["lr"]
         for p in self.matrices:
-            if p not in self.state:  # in AdamW's form, for its state_dict
+            if p not in self.state:  # for AdamW's state_dict
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            rows = p.grad.lerp(mean, 0.95).flatten(1)
+            rows = p.grad.lerp(mean, 0.95).flatten(1)  # Nesterov's
             blocks = [max(block.shape) ** 0.5 * orthogonalise(block)
-                      for block in rows.split(96)]  # less work so
+                      for block in rows.split(96)]  # for less work
             p.sub_(0.2 * lr * torch.cat(blocks).reshape(p.shape))
             p.grad = None  # AdamW skips it
         super().step()
@@ -1264,7 +1267,7 @@ def describe(audio, codec, cond, real=None):
     figures = {"level_db": 10 * audio.square().mean(1).clamp_min(1e-12).log10().mean(),
                "harmonics_db": 10 * (r / (1 - r).clamp_min(1e-5)).log10().mean()}
     if "labels" in cond:
-        asked = cond["labels"][:, 0]  # -1 where none
+        asked = cond["labels"][:, 0]
         close = (note_pitch(pitch) - asked).abs() < 0.5
         figures["pitch_accuracy"] = close[asked >= 0].float().mean()
     if "controls" in cond:
@@ -1333,8 +1336,8 @@ def write_sounds(folder, sounds, rate):
     with open(folder / "index.html", "a") as page:
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
-                       "<p>real: held out; codec: these through the codec. Dark is loud, "
-                       "the top is 3000 Hz.</p>\n")
+                       "<p>real: held out; codec: through the codec. Dark is loud, "
+                       "the top 3000 Hz.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
