@@ -223,7 +223,7 @@ class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7); t is the noise level. For data
     of deviation sigma_data, c_in and c_out give input and target variance 1; c_noise is the net's
     time. c_out, the deviation of x_0 - c_skip x_t, scales the net's error: c_skip is the factor
-    that makes it smallest ([3] B.6)."""
+    that makes c_out smallest ([3] B.6)."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -306,15 +306,15 @@ class GuidedNet:
 # ---
 # 3. Samplers: how do we get from noise to a note?
 #
-# A sampler follows velocity(x, t) = dx/dt, an ordinary differential equation, down a list of
-# times to 0. Euler's rule asks the network once per step. Heun's asks again where Euler's step
-# lands, and averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice
-# the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh
-# noise and moves by half its variance times the score: x_t keeps its density ([17] eq. 13), and
-# early errors fade.
+# A sampler follows dx/dt = velocity(x, t), a differential equation, down a list of times to 0.
+# Euler's rule asks the network once per step. Heun's asks again where Euler's step lands, and
+# averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice the steps
+# leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh noise and
+# moves by half its variance times the score: x_t keeps its density ([17] eq. 13), and early errors
+# fade.
 #
 # Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
-# One step lands near the mean of all notes, a blur of pitches. Thirty lead to one note.
+# One step lands near the mean of all notes, a blur of pitches, thirty on one note.
 
 def linear_times(steps, start=1.0):
     """Even times from `start` to 0: [steps + 1]."""
@@ -351,9 +351,9 @@ def heun(velocity, x, times):
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
     (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. So a step h leads to
-    e^-g x + the integral of g e^(g (u - 1)) x_0^(u), u from 0 to 1, with g = (1 + eta) h. There
-    x_0^(u) = x_0^ + u h slope + (u h)^2 / 2 bend, the parabola through the last three. Its terms
-    have the integrals phi_k, of g e^(g (u - 1)) u^(k-1) / (k-1)!, by parts.
+    e^-g x + the integral of g e^(g (u - 1)) x_0^(u), with g = (1 + eta) h, over the share u of the
+    step, from 0 to 1. There x_0^(u) = x_0^ + u h slope + (u h)^2 / 2 bend, the parabola through
+    the last three. Its terms' integrals: phi_k, of g e^(g (u - 1)) u^(k-1) / (k-1)!.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -411,7 +411,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
-        schedule = flow_times / (1 - flow_times)
+        schedule = flow_times / (1 - flow_times)  # inf at t = 1
         if sampler == "dpmpp_3m_sde":
             high = min(80.0, schedule[0].item())
             schedule = polyexponential_times(steps, min(0.002, high / 2), high)
@@ -419,7 +419,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
     data = init if start < objective.t_max else torch.zeros_like(noise)
-    def keeping(x_t, t):  # put back what stays, noised to t
+    def keeping(x_t, t):  # what stays, noised to t
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
         return objective.velocity(net, keeping(x_t, t), t, **cond)
@@ -630,7 +630,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Zeros above it: finer delays.
+        # Zeros above `power`: finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
@@ -898,7 +898,7 @@ class AudioFolder(Dataset):
             if folder or "/." in f"/{path.relative_to(root).as_posix()}":  # hidden
                 continue
             try:
-                # Headers lie.
+                # Header lengths lie.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
@@ -1061,7 +1061,7 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """The matrix x with alike singular values: 0.006 to 1 times |x| become 0.2 to 2 [21]."""
+    """The matrix x with alike singular values: 0.006 to 1 of its norm become 0.2 to 2 [21]."""
     x = x / x.norm().clamp_min(1e-12)
     # Each singular value s becomes a s + b s^3 + c s^5.
     for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
@@ -1224,7 +1224,7 @@ def frechet_distance(a, b):
         raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))
-    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
+    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # of the root
     return (means + c1.trace() + c2.trace() - 2 * roots.sum()).clamp_min(0).item()
 
 def build_net(settings):
@@ -1259,7 +1259,7 @@ class Run:
         return torch.cat(parts).cpu()
 
 def describe(audio, codec, cond, real=None):
-    """Figures of sounds [N, T] that `cond` asked for, or that copy the `real` ones."""
+    """Figures of sounds [N, T]; cond: what was asked; real: what they copy."""
     rate = codec.sample_rate
     tracks = [periodicity(sound[None], rate, rate // 60, low=20.0) for sound in audio]
     pitch, r = map(torch.cat, zip(*tracks))
