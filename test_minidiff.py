@@ -20,7 +20,6 @@ import pytest
 import soundfile
 import torch
 from torch import nn
-
 import minidiff as m
 
 FLOW = m.RectifiedFlow()
@@ -657,12 +656,13 @@ def test_learning_rate_and_warm_average():
 def read_log(folder):
     return {row[2]: float(row[3]) for row in csv.reader((folder / "log.csv").open())}
 
-def test_muon():
-    """A kernel [4, 1, 3] moves by 0.2 sqrt(4) lr times the gradient with its singular values put
+@pytest.mark.parametrize("rows, columns", [(4, 3), (3, 4)])
+def test_muon(rows, columns):
+    """A kernel of 4 x 3 moves by 0.2 sqrt(4) lr times the gradient with its singular values put
     through two polynomials; then by 0.045 of this gradient + 0.0975 of the next. A bias: by lr."""
-    left, right = (torch.linalg.qr(normal32(n, 3)).Q for n in (4, 3))
+    left, right = (torch.linalg.qr(normal32(n, 3)).Q for n in (rows, columns))
     first, second = torch.tensor([[1.0, 2, 3], [3, 1, 1]])
-    net = nn.Conv1d(1, 4, 3)
+    net = nn.Conv1d(1, rows, columns)
     muon = m.Muon(net, 0.01)
     for gradient, values in ((first, first), (second, 0.045125 * first + 0.0975 * second)):
         values = values / values.norm()
@@ -670,7 +670,7 @@ def test_muon():
             values = a * values + b * values ** 3 + c * values ** 5
         wanted = [net.weight[:, 0] - 0.004 * left * values @ right.T, net.bias - 0.01]
         net.weight.grad = (left * gradient @ right.T)[:, None]
-        net.bias.grad = torch.ones(4)
+        net.bias.grad = torch.ones(rows)
         muon.step()
         assert near(net.weight[:, 0], wanted[0])
         assert near(net.bias, wanted[1])
