@@ -6,7 +6,7 @@ latents: ask for a pitch, and hear a note that nobody has played. To copy a piec
 
     python minidiff.py toy    # the whole idea, in ten seconds
     python minidiff.py train  # an instrument, in minutes
-    python minidiff.py sample --run runs/plucks --pitch 60
+    python minidiff.py sample --pitch 60
 
 The alphabet
   B batch  T audio samples  C latent channels  L latent frames  D features  N how many
@@ -15,14 +15,13 @@ The alphabet
   a deviation the root of a variance.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
-  Not given is -1 for a label (one number per sound), NaN for a curve (one per frame).
+  Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
   Other letters stand by their formula.
 
 The chapters
-  0 The whole idea           3 Samplers    6 The Snake VAE    9 Training
-  1 Noising and objectives   4 The U-Net   7 Its losses      10 Listening and measuring
-  2 Guidance                 5 Sound       8 Data            11 The command line
+  0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
+  6 The Snake VAE, 7 Its losses, 8 Data, 9 Training, 10 Measuring, 11 The command line
 
 References, cited by number (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
@@ -79,7 +78,7 @@ def toy(steps=3000, seed=0):
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     for _ in range(steps):
-        x_0 = 2 * moons(1024)  # about as large as the noise
+        x_0 = 2 * moons(1024)  # as large as noise
         noise = torch.randn(1024, 2)
         t = torch.rand(1024, 1)
         x_t = (1 - t) * x_0 + t * noise
@@ -121,11 +120,11 @@ def toy(steps=3000, seed=0):
 #     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
 #
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
-# p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, -noise^ / sigma.
+# p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
-# Each (x_0, noise) is a path. A density changes by what flows in and out, density times mean
-# velocity, so only the mean counts. Points that follow the mean have, at every t, the density of
-# x_t ([1] th. 3.3): what starts as noise arrives distributed as the data.
+# Each (x_0, noise) is a path. A density changes by what flows in and out: density times the mean
+# velocity of the paths there. So points that follow the mean have, at every t, the density of x_t
+# ([1] th. 3.3): what starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Loss: of a net that answers 0, for
@@ -151,7 +150,8 @@ def standard_normal(shape, generator=None):
     return torch.randn(shape, generator=generator)
 
 class Objective:
-    """A child adds alpha, sigma, target, denoise, velocity, sample_times, time_at(sigma/alpha) = t.
+    """A child adds alpha, sigma, target, denoise, velocity, sample_times and
+    time_at(sigma/alpha) -> t.
     t: a float or [B].  net: (x [B, ...], t [B], **cond) -> [B, ...].
     Lifts out with: expand, standard_normal. A child needs Objective too."""
     t_max = 1.0
@@ -195,7 +195,8 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma above 0.012."""
+    """Variance preserving. The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma above
+    0.012."""
     s: float = 0.008
 
     def angle(self, t):
@@ -273,11 +274,11 @@ class EDM(Objective):
 # fit the condition better but are more alike, and the answers' deviation grows; `rescale`
 # undoes that [5].
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 3 --cfg 8`. You hear 60,
-# too soft or loud: guidance drives all channels too far, and one is the level (chapter 6).
+# Try: `python minidiff.py sample --pitch 60 --count 3 --cfg 8`. You hear 60, too soft or loud:
+# guidance drives all channels too far, and one is the level (chapter 6).
 
 def guide(conditional, unconditional, scale, rescale=0.0):
-    """u + w (c - u) for answers c, u [B, ...] ([4] eq. 6 has w - 1). rescale, 0 to 1, brings the
+    """u + w (c - u) for answers c, u [B, ...] ([4]'s w is ours - 1). rescale, 0 to 1, brings the
     deviation of each item towards that of c ([5] section 3.4)."""
     guided = unconditional + scale * (conditional - unconditional)
     axes = tuple(range(1, guided.ndim))
@@ -306,15 +307,15 @@ class GuidedNet:
 # ---
 # 3. Samplers: how do we get from noise to a note?
 #
-# A sampler follows dx/dt = velocity(x, t), a differential equation, down a list of times to 0.
-# Euler's rule asks the network once per step. Heun's asks again where Euler's step lands, and
-# averages. The third, DPM-Solver++, fits a parabola to the last three x_0^ [6]. Twice the steps
-# leave 1/2, 1/4 and, if eta = 0, 1/8 of the error. With eta = 1 the third also adds fresh noise and
-# moves by half its variance times the score: x_t keeps its density ([17] eq. 13), and early errors
-# fade.
+# A sampler follows dx/dt = velocity(x, t) down a list of times to 0. Euler's rule asks the network
+# once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
+# fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of
+# the error. With eta = 1 the third also adds fresh noise. Noise of variance v spreads a density as
+# moving each point by -v/2 times the score would. So the third moves it by v/2 times the score: x_t
+# keeps its density ([17] eq. 13), and early errors fade.
 #
-# Try: `python minidiff.py sample --run runs/plucks --sampler euler --steps 1`, then `--steps 30`.
-# One step lands near the mean of all notes, a blur of pitches, thirty on one note.
+# Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step lands near
+# the mean of all notes, a blur of pitches, thirty on one note.
 
 def linear_times(steps, start=1.0):
     """Even times from `start` to 0: [steps + 1]."""
@@ -351,9 +352,14 @@ def heun(velocity, x, times):
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
     (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. So a step h leads to
-    e^-g x + the integral of g e^(g (u - 1)) x_0^(u), with g = (1 + eta) h, over the share u of the
-    step, from 0 to 1. There x_0^(u) = x_0^ + u h slope + (u h)^2 / 2 bend, the parabola through
-    the last three. Its terms' integrals: phi_k, of g e^(g (u - 1)) u^(k-1) / (k-1)!.
+
+        exp(-g) x + the integral of g exp(g (u - 1)) x_0^ du,  g = (1 + eta) h,
+
+    over the share u of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
+    at its end. x_0^ is the parabola x_0 + u h slope + (u h)^2 / 2 bend through the last three, x_0
+    the newest (fewer at first, where it hardly moves). So x_0, h slope, h^2 bend are weighted by
+    phi_k = the integral of g exp(g (u - 1)) u^(k-1) / (k-1)! du, k = 1, 2, 3. By parts,
+    phi_(k+1) = 1/k! - phi_k / g.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -407,7 +413,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # Even in rectified flow's t, turned to sigma/alpha for all.
+        # All objectives step at the noise levels of rectified flow's even t.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -449,8 +455,8 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     attention  from each frame to all others, at coarse levels, where it costs little
 #     position   near t = 1 nothing in x_t tells the start of a note from its end
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --seconds 3`. Frames past the
-# one second learnt share a position: the note stops fading.
+# Try: `python minidiff.py sample --pitch 60 --seconds 3`. Frames past the one second learnt share a
+# position: the note stops fading.
 
 class TutorialUNet(nn.Module):
     """Convolutions, ReLU, skips by addition; t enters once, at the bottom: [B, C, L] -> same."""
@@ -529,7 +535,7 @@ class UNet1d(nn.Module):
         self.up = nn.ModuleList()
         for i, (a, b) in enumerate(pairwise(widths)):
             halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
-            attend = SelfAttention if i > 0 else nn.Identity
+            attend = SelfAttention if i > 0 else nn.Identity  # takes any arguments
             self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
             self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
         self.middle = ResidualBlock(widths[-1], widths[-1], wide)
@@ -539,7 +545,7 @@ class UNet1d(nn.Module):
         B, _, L = x.shape
         labels = torch.as_tensor(labels, device=x.device).expand(B, len(self.tables)) + 1
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
-        embedding = sum(rows, self.time_mlp(time_embedding(t, self.width)))
+        embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
         # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns a unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
@@ -551,7 +557,7 @@ class UNet1d(nn.Module):
         for halve, block, attend in self.down:
             skips.append(attend(block(halve(skips[-1]), embedding)))  # [B, D, L/2^i]
         x = self.middle(skips[-1], embedding)
-        for skip, (block, attend) in zip(skips[:0:-1], self.up):  # deepest first
+        for skip, (block, attend) in zip(reversed(skips[1:]), self.up):
             x = F.interpolate(x, skip.shape[2])
             x = attend(block(torch.cat([x, skip], 1), embedding))
         return self.exit(x)[:, :, :L]
@@ -566,7 +572,7 @@ class UNet1d(nn.Module):
 # repeat, so the peak's height r (1 at delay 0) is the harmonic share of the power (Boersma, IFA
 # Proceedings 17, 1993).
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 43`. It prints the pitch it hears.
+# Try: `python minidiff.py sample --pitch 43`. It prints the pitch it hears.
 
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
@@ -597,12 +603,12 @@ def save_audio(path, audio, sample_rate):
     soundfile.write(path, (audio / max(peak, 1.0)).detach().cpu().numpy(), sample_rate)
     return peak
 
-def pluck(pitch, velocity, seconds, sample_rate, generator=None, harmonics=40):
+def pluck(pitch, velocity, seconds, sample_rate, generator=None):
     """A plucked string of random timbre: [T]. velocity: MIDI's force of the stroke, to 127."""
     point, bright, decay = torch.rand(3, generator=generator).double()
     force = velocity / 127
     f_0 = 440 * 2 ** ((pitch - 69) / 12)
-    k = torch.arange(1, harmonics + 1).double()[:, None]
+    k = torch.arange(1, 41).double()[:, None]
     f = f_0 * k * ((1 + 1e-4 * k ** 2) / (1 + 1e-4)).sqrt()  # 1e-4: stiffness
     place = 0.1 + 0.4 * point
     dull = 0.45 - 0.2 * bright - 0.2 * force
@@ -620,29 +626,30 @@ def envelope(audio, hop):
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
-    finer: delays per sample. With the window's autocorrelation divided out, two
-    periods peak as high as one, so delays pay 0.04 an octave. Lifts out with: envelope."""
+    finer: delays per sample. Two periods peak as high as one: to prefer the shorter delay, a peak
+    loses 0.04 per octave of delay. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
-    width = 4 * longest // finer
+    width = 4 * longest // finer  # four longest periods
     left = (width - hop) // 2
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Zeros above `power`: finer delays.
+        # Longer inverse, finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # undo its own fall
     r = r / r[..., :1].clamp_min(1e-12)
-    peaks = (r * (r == F.max_pool1d(r, 3, 1, 1)))[..., shortest:-1]  # elsewhere 0
+    is_peak = r == F.max_pool1d(r, 3, 1, 1)  # the largest of three
+    peaks = (r * is_peak)[..., shortest:-1]
     octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
-    top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # of a parabola
+    top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # the parabola's, from best
     pitch = 69 + 12 * torch.log2(sample_rate * finer / 440 / (best + top)[..., 0])
     loud = envelope(audio, hop)
-    r = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
-    return torch.where(r > 0.5, pitch, 0.0), r
+    height = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
+    return torch.where(height > 0.5, pitch, 0.0), height
 
 def pitch_track(audio, sample_rate, hop, low=34.0):
     """The pitch of `periodicity`: [B, T] -> [B, L]. Lifts out with: envelope, periodicity."""
@@ -668,8 +675,8 @@ def note_pitch(track):
 # Recorded notes differ a hundredfold in level, and each dies away. So a sound is divided by its
 # smooth level, which travels as channel 17.
 #
-# Try: `python minidiff.py sample --run runs/plucks --init-noise 0 --init-audio
-# runs/plucks/samples/real_1.wav`. You hear the codec's round trip.
+# Try: `python minidiff.py sample --init-noise 0 --init-audio runs/plucks/samples/real_1.wav`. You
+# hear the codec's round trip.
 
 class Snake(nn.Module):
     """x + sin(a x)^2 / a, one learned a > 0 per channel ([10] eq. 3): [B, D, T] -> same.
@@ -716,7 +723,6 @@ class SnakeVAE(nn.Module):
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(wide, 2 * channels, 3, 1, 1))
         self.decoder = nn.Sequential(nn.Conv1d(channels, wide, 3, 1, 1), *decoder)
         # Little noise at first: a decoder that hears only noise ignores the latents.
-        nn.init.normal_(self.encoder[-1].weight[channels:], std=1e-3)
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
     def posterior(self, audio):
         """Levelled audio [B, T] -> mean, log_variance, [B, C - 1, L] each."""
@@ -738,7 +744,7 @@ class SnakeVAE(nn.Module):
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
         audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # drops its own level
-        # Errors of a diffusion model change from frame to frame: the mean of 5 has less.
+        # Errors of a diffusion model change from frame to frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
@@ -751,15 +757,15 @@ def kl_divergence(mean, log_variance):
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
 # magnitudes of a spectrogram forget the phase. We compare these; RMS error and L1, the mean
-# |error|, hold the phase. Where several sounds fit, the decoder plays their dull average, which a
-# discriminator, the judge, learns to hear (--adversarial-from), and the decoder to avoid.
+# |error|, hold the phase. Where several sounds fit, the decoder plays their dull average. A
+# discriminator, the judge, learns to hear this (--adversarial-from), the decoder to avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
 #
 #     g  =  total_norm  sum over i of  (weight_i / their sum) (g_i / <|g_i|>).
 #
-# Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 200 --adversarial-from 100
+# Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 150 --adversarial-from 100
 # --seconds 0.5`. Its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
 
 def stft(audio, size):
@@ -769,14 +775,14 @@ def stft(audio, size):
                       return_complex=True) * 4 / size
 
 def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
-    """||S_t - S_e|| / ||S_t|| + mean |ln S_t - ln S_e|, over `sizes` ([19] eq. 4-6).
+    """||wanted - found|| / ||wanted|| + mean |ln wanted - ln found|, over `sizes` ([19] eq. 4-6).
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
-        S_e, S_t = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(S_t.shape[1])  # the norm if all were 10 floor
-        total += (S_t - S_e).norm(dim=1) / S_t.norm(dim=1).clamp_min(silent)
-        total += ((S_t + floor).log() - (S_e + floor).log()).abs().mean(1)
+        found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
+        silent = 10 * floor * math.sqrt(wanted.shape[1])  # the norm if all were 10 floor
+        total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
+        total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
 
 class STFTDiscriminator(nn.Module):
@@ -788,7 +794,7 @@ class STFTDiscriminator(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, 1, 1)
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
-        # Keep the phase, take the root of the magnitude: partials differ by a factor of 1000.
+        # Keep the phase, take the root of the magnitude: partials differ a thousandfold.
         maps = [x * (x.square().sum(1, keepdim=True) + 1e-7) ** -0.25]
         for layer in self.layers:
             maps.append(F.leaky_relu(layer(maps[-1]), 0.1))
@@ -799,7 +805,7 @@ def hinge_discriminator_loss(real, fake):
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 def hinge_generator_loss(fake):
-    """[11] has mean relu(1 - fake), which stops at 1."""
+    """[11] has relu(1 - fake), flat above 1."""
     return -fake.mean()
 
 def feature_matching_loss(real, fake):
@@ -827,7 +833,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # as both start at 0
+            mean = running[0] / running[1]  # undoes their start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -837,13 +843,13 @@ class LossBalancer(nn.Module):
 # ---
 # 8. Data: where do the notes come from?
 #
-# data[i] is a sound [T]. data.labels [N, 3] are its pitch, MIDI velocity and instrument (source),
-# data.valid [N] marks what is held out. Each sound is encoded once, and standardised: else noise of
+# data[i] is a sound [T], data.labels[i] its pitch, MIDI velocity and instrument (source),
+# data.valid[i] whether it is held out. Each sound is encoded once, and standardised: else noise of
 # variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves instead of
 # labels: the loudness and pitch of each frame.
 #
 # Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
-# hear notes and rests.
+# hear a phrase.
 
 class Plucks(Dataset):
     """Plucked strings: note i has pitch 40 + i mod 37 and one of five velocities."""
@@ -867,7 +873,7 @@ class Plucks(Dataset):
         return self.audio[i]
 
 class Melodies(Plucks):
-    """Phrases of plucked notes and rests, without labels."""
+    """Phrases of notes and rests, without labels."""
     sources = []
     def __init__(self, count=720, seed=0, seconds=2.0, sample_rate=16_000):
         super().__init__(count, seed, seconds, sample_rate)
@@ -876,13 +882,12 @@ class Melodies(Plucks):
         random = np.random.default_rng([self.seed, i])
         pitch = random.integers(46, 70)
         notes = []
-        while sum(map(len, notes)) < (self.seconds + 1) * self.sample_rate:
+        while sum(map(len, notes)) < self.seconds * self.sample_rate:
             lasts = random.choice([0.25, 0.375, 0.5, 0.75, 1.0])
             pitch = np.clip(pitch + random.integers(-5, 6), 40, 76)
             note = pluck(pitch, random.integers(40, 128), lasts, self.sample_rate, generator)
             notes.append(note if random.random() > 0.12 else 0 * note)
-        first = int(random.random() * self.sample_rate)
-        return torch.cat(notes)[first:][:round(self.seconds * self.sample_rate)]
+        return torch.cat(notes)[:round(self.seconds * self.sample_rate)]
 
 class AudioFolder(Dataset):
     """Recordings below a folder, cut into half-overlapping sounds. NSynth's names [13], such as
@@ -898,14 +903,14 @@ class AudioFolder(Dataset):
             if folder or "/." in f"/{path.relative_to(root).as_posix()}":  # hidden
                 continue
             try:
-                # Header lengths lie.
+                # Decode: header lengths lie.
                 rate = soundfile.info(path).samplerate
                 lengths[path] = len(load_audio(path, rate)) / rate
                 rates.append(rate)
             except (RuntimeError, TypeError, ValueError) as error:
                 print(f"left out: {path}: {error}")
         if len(rates) < 2:
-            raise ValueError(f"{root}: no such folder with at least 2 usable sound files")
+            raise ValueError(f"{root}: expected a folder with 2 usable sound files")
         self.sample_rate = sample_rate or min(sorted(rates)[len(rates) // 2], 22_050)
         self.seconds = seconds or min(4.0, max(lengths.values()))
         held = {path for path in lengths if path.parent.name.endswith("-valid")}
@@ -975,7 +980,7 @@ class Music2Latent:
         return torch.cat(audio).float().to(latents.device)
 
 def measure_curves(audio, sample_rate, hop):
-    """Envelope, and octaves from middle C (-5: unvoiced), by hop: [B, T] -> [B, 2, L]."""
+    """Envelope, and octaves from middle C (-5, pitch 0: unvoiced), by hop: [B, T] -> [B, 2, L]."""
     tracks = torch.cat([pitch_track(sound[None], sample_rate, hop) for sound in audio])
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
@@ -994,7 +999,7 @@ def melody_curves(melody, frames_per_note, played):
     return curves
 
 def save_checkpoint(path, **state):
-    """Write tensors, numbers, strings, lists, dicts."""
+    """Write tensors, numbers, text, lists, dicts."""
     torch.save(state, f"{path}.new")
     os.replace(f"{path}.new", path)
 
@@ -1007,8 +1012,8 @@ def load_checkpoint(path):
 
 @torch.no_grad()
 def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
-    """Write `path`; returns what it holds: x [N, C, L], standardised; cond, for the net; a and b,
-    the indices of two halves of what is held out; real, the sounds b."""
+    """Write and return x [N, C, L], standardised; cond, for the net; a and b, the indices of two
+    halves of what is held out; real, the sounds b; labels; valid; facts."""
     sounds = DataLoader(data, batch)
     print(f"encoding {len(data)} sounds")
     z = torch.cat([codec.encode(audio.to(device)).cpu() for audio in sounds])
@@ -1022,7 +1027,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # 5 of each pitch
+    pairs = max(1, min(185, len(held) // 2))  # Plucks: 5 of each pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1036,16 +1041,16 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # 9. Training: how do we get good weights?
 #
 # The gradient of a weight matrix has a few large singular values and many small ones: a step along
-# it moves few directions. Muon [20] makes them alike.
+# it moves few directions. Adam evens out single weights, Muon [20] the singular values.
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: on a CPU, a training cut short and resumed ends with the same bits. With
-# torchrun, each GPU draws a part of the batch.
+# the next step needs: resumed on a CPU, training ends with the same bits. With torchrun, each GPU
+# draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 2200`. It goes on from step 2000.
+# Try: `python minidiff.py train --resume --steps 1100`. It goes on from step 1000.
 
-# Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2); edm starts at 20.
+# Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2). edm starts at 20, for 9 steps.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1061,33 +1066,36 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """The matrix x with alike singular values: 0.006 to 1 of its norm become 0.2 to 2 [21]."""
-    x = x / x.norm().clamp_min(1e-12)
+    """Even out singular values of x [N, ., .]: 0.006 to 1 of the norm become 0.2 to 2 [21]."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     # Each singular value s becomes a s + b s^3 + c s^5.
     for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but linear layers and convolutions step along the moving average of their gradients,
-    orthogonalised ([20] section 2), by 0.2 lr (RMS)."""
+    """AdamW, but kernels of convolutions step along the moving average of their gradients,
+    orthogonalised ([20] section 2; 96 rows at a time, for speed), by 0.2 lr (RMS)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
-        kinds = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
-        self.matrices = [layer.weight for layer in net.modules() if isinstance(layer, kinds)]
+        self.kernels = [p for p in net.parameters() if p.ndim == 3]
     @torch.no_grad()
     def step(self):
-        lr = self.param_groups[0]["lr"]
-        for p in self.matrices:
+        alike = {}  # blocks by shape, to save work
+        for p in self.kernels:
             if p not in self.state:  # for AdamW's state_dict
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            rows = p.grad.lerp(mean, 0.95).flatten(1)  # Nesterov's
-            blocks = [max(block.shape) ** 0.5 * orthogonalise(block)
-                      for block in rows.split(96)]  # for less work
-            p.sub_(0.2 * lr * torch.cat(blocks).reshape(p.shape))
+            rows = p.grad.lerp(mean, 0.95).flatten(1)  # one step on (Nesterov)
+            for weight, block in zip(p.flatten(1).split(96), rows.split(96)):
+                alike.setdefault(block.shape, []).append((weight, block))
             p.grad = None  # AdamW skips it
+        for shape, pairs in alike.items():
+            weights, blocks = zip(*pairs)
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # to have this RMS
+            for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
+                weight.sub_(size * block)
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
@@ -1131,7 +1139,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
                             **{name: part.state_dict() for name, part in parts.items()})
     return average.module
 
-def train_codec(codec, audio, steps, path, seed=0, batch_size=8, lr=1.5e-3, crop=4096,
+def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
     blur: noise on the latents, in deviations, fading: the decoder learns to bear a diffusion
@@ -1180,42 +1188,36 @@ def drop_conditions(cond, generator, p=0.1):
                       value.masked_fill(drop[:, :, None], math.nan))
     return kept
 
-def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=32, lr=1.5e-3,
+def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=64, lr=1.5e-3,
                     settings=None):
-    """Train net on latents x [N, C, L] and cond {name: [N, ...]}; returns its average. The loss of
-    those held out, `valid` [N], is logged."""
+    """Train net on latents x [N, C, L] and cond {name: [N, ...]}, but for those held out, `valid`
+    [N]; returns its average."""
     generator = torch.Generator().manual_seed(seed + RANK)
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device = next(net.parameters()).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    def loss_of(f, among, n, p, generator):
-        among = among.nonzero()[:, 0]
-        chosen = among[torch.randint(len(among), (n,), generator=generator)]
-        given = {name: value[chosen].to(device) for name, value in cond.items()}
-        given = drop_conditions(given, generator, p)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return objective.loss(f, x[chosen].to(device), generator, **given)
-    seen = {}
+    train = (~valid).nonzero()[:, 0]
     def learn(step):
-        loss = loss_of(model, ~valid, batch_size // WORLD, 0.1, generator)
+        chosen = train[torch.randint(len(train), (batch_size // WORLD,), generator=generator)]
+        given = {name: value[chosen].to(device) for name, value in cond.items()}
+        given = drop_conditions(given, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = objective.loss(model, x[chosen].to(device), generator, **given)
         loss.backward()
-        if step % 25 == 0 or not seen:
-            fresh = torch.Generator().manual_seed(step)
-            with torch.no_grad():
-                seen["held out"] = loss_of(net, valid, 25, 0.0, fresh)
-        return {"loss": loss} | seen
+        return {"loss": loss}
     return fit("diffusion", net, learn, steps, path, lr, generator, settings)
 
 # ---
-# 10. Listening and measuring: is it any good?
+# 10. Measuring: is it any good?
 #
 # As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-# Like the data? Level, harmonics to noise, and the Frechet distance to half of the held-out notes.
-# The floor, in the real row: half to half.
+# Like the data? Level, harmonics to noise, the codec's spectral distance, Frechet's: each sound has
+# its channels' means and deviations; normals are fitted to these and to those of half of the
+# held-out sounds. The floor, in the real row: half to half.
 # New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
 # below 1 is a copy.
 #
-# Try: `python minidiff.py evaluate --run runs/plucks --steps 3`. Frechet grows.
+# Try: `python minidiff.py evaluate --steps 3`. Frechet grows.
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
@@ -1224,7 +1226,7 @@ def frechet_distance(a, b):
         raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))
-    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # of the root
+    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
     return (means + c1.trace() + c2.trace() - 2 * roots.sum()).clamp_min(0).item()
 
 def build_net(settings):
@@ -1237,7 +1239,6 @@ def build_net(settings):
     return UNet1d(channels, 96, (1, 1, 2), label_sizes=sizes, window=settings["frames"])
 
 class Run:
-    """What training left in a folder."""
     def __init__(self, folder, device="cpu"):
         self.folder = Path(folder)
         self.device = device
@@ -1279,22 +1280,22 @@ def describe(audio, codec, cond, real=None):
         figures["voiced_within_50_cents"] = close[octaves > -4.9].float().mean()
     if real is not None:
         T = min(audio.shape[1], real.shape[1])
-        S_e, S_t = (stft(sounds[:, :T], 1024).abs() for sounds in (audio, real))
-        floor = 1e-3 * S_t.amax((1, 2), keepdim=True) + 1e-9
-        decibels = 20 * (S_e.maximum(floor) / S_t.maximum(floor)).log10()
+        found, wanted = (stft(sounds[:, :T], 1024).abs() for sounds in (audio, real))
+        floor = 1e-3 * wanted.amax((1, 2), keepdim=True) + 1e-9
+        decibels = 20 * (found.maximum(floor) / wanted.maximum(floor)).log10()
         figures["spectral_distance_db"] = decibels.square().mean(1).sqrt().mean()
     return {name: value.item() for name, value in figures.items() if value.isfinite()}
 
 @torch.no_grad()
 def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
-    """Measure sounds: real, copied by the codec, generated at each scale. Frechet distances are of
-    channels' means and deviations over a sound. Returns figures, and {name: audio [T]}."""
+    """Measure sounds: real, copied by the codec, generated at each scale. nfe: network calls.
+    Returns figures, and {name: audio [T]}."""
     data = load_checkpoint(run.folder / "latents.pt")
     a, b = (data["x"][data[half]] for half in ("a", "b"))
-    train = data["x"][~data["valid"]][:5000].flatten(1)
+    train = data["x"][~data["valid"]].flatten(1)
     cond = {name: value[data["b"]] for name, value in data["cond"].items()}
-    result = {"count": len(b), "seed": seed, "sampler": sampler, "steps": steps, "frechet": {},
-              "pitch_accuracy": {}, "nfe": 2 * steps - 1 if sampler == "heun" else steps}
+    result = {"count": len(b), "seed": seed, "nfe": 2 * steps - 1 if sampler == "heun" else steps,
+              "frechet": {}, "pitch_accuracy": {}}
     kinds = {"real": (b, data["real"]), "codec": (b, run.decode(b))}
     for w in scales if cond else [1.0]:
         began = time.perf_counter()
@@ -1303,7 +1304,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
         kinds[f"w = {w:g}"] = (x, run.decode(x))
         result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
         near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
-        result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))
+        result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))  # of the first w
     for kind, (x, audio) in kinds.items():
         figures = describe(audio, run.codec, cond, data["real"] if kind == "codec" else None)
         if kind != "codec" and len(b) > 1:
@@ -1355,8 +1356,7 @@ def write_sounds(folder, sounds, rate):
 #
 # A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder.
 #
-# Try: `python minidiff.py sample --run runs/plucks --pitch 60 --count 4 --cfg 0 --out w0`, then
-# `--cfg 1 --out w1` and `--cfg 8 --out w8`: all from the same noise.
+# Try: `python minidiff.py sample --pitch 60 --count 4 --cfg 0`. w = 0 ignores the pitch.
 
 BUILT_IN = {"plucks": Plucks, "melodies": Melodies}
 class Parser(argparse.ArgumentParser):
@@ -1385,10 +1385,11 @@ def build_parser(**saved):
     measure = commands.add_parser("evaluate", help="measure a run")
     for command in (train, sample, measure):
         add = command.add_argument
-        add("--run", required=command != train, help="folder of the run")
+        add("--run", help="folder (default runs/plucks; train: runs/DATA)")
         add("--device", choices={"cpu", gpu}, default=gpu)
         add("--seed", type=int, default=0)
         if command != train:
+            command.set_defaults(run="runs/plucks")
             add("--sampler", choices=["euler", "heun", "dpmpp_3m_sde"], default="heun")
             add("--steps", type=count, default=9, help="(default 9)")
     add = train.add_argument
@@ -1398,11 +1399,11 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=2400, help="(default 2400)")
-    add("--steps", type=count, default=2000, help="of the model (default 2000)")
+    add("--codec-steps", type=count, default=900, help="(default 900)")
+    add("--steps", type=count, default=1000, help="of the model (default 1000)")
     add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
-    add("--resume", action="store_true", help="go on with the run")
+    add("--resume", action="store_true", help="go on with a run")
     train.set_defaults(**saved | {"device": gpu})  # --resume: as saved
     add = sample.add_argument
     add("--pitch", type=midi, nargs="+", action="extend", help="MIDI pitches")
@@ -1455,7 +1456,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(s, folder)
-    while not latents.exists():  # rank 0 makes them
+    while not latents.exists():
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
@@ -1464,7 +1465,7 @@ def train_run(args, argv):
     settings = vars(s) | data["facts"]
     torch.manual_seed(s.seed)
     net = build_net(settings).to(s.device)
-    batch_size = max(WORLD, 2000 // settings["frames"])
+    batch_size = max(WORLD, 4000 // settings["frames"])
     train_diffusion(net, OBJECTIVES[s.objective], data["x"], data["cond"], data["valid"], s.steps,
                     folder / "model.pt", s.seed, batch_size, s.lr, settings)
     if RANK == 0:

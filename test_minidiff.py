@@ -65,9 +65,6 @@ def network(objective, denoiser):
 def ideal_net(objective, mu=0.0, s=1.0):
     return network(objective, lambda r, z: (s ** 2 * z + r ** 2 * mu) / (s ** 2 + r ** 2))
 
-def zero_net(x, t, **_):
-    return 0 * x
-
 def test_toy():
     """Of the data 0.954 lie within two of their deviations of a moon; 300 steps find the way."""
     untrained, _ = m.toy(steps=1)
@@ -106,11 +103,11 @@ def test_loss(objective):
     x = normal(40_000, 4)
     net = ideal_net(objective)
     t = torch.rand(40_000, generator=seeded(1))
-    zero = objective.loss(zero_net, x, seeded(1))
+    zero = objective.loss(lambda x, t: 0 * x, x, seeded(1))
     losses = [zero, objective.loss(net, x, seeded(1)),
               objective.loss_at(net, x, normal(40_000, 4, seed=2), t)]
     assert near(losses, [2, 1.741264, math.pi / 2] if objective is FLOW else [1, 1, 1], 0.02)
-    assert near(objective.loss(zero_net, x, seeded(1), reduce=False).mean(), zero)
+    assert near(objective.loss(lambda x, t: 0 * x, x, seeded(1), reduce=False).mean(), zero)
 
 def test_edm_preconditioning():
     """c_skip, c_out, c_in, c_noise for sigma_data = 0.5 (published)."""
@@ -355,9 +352,10 @@ def test_resample_load_and_save(tmp_path):
 def test_pluck():
     """The first harmonic's line lies within a cent of the pitch; harder is louder."""
     for pitch in range(40, 77, 4):
-        note = m.pluck(pitch, 100, 4.0, RATE, seeded(pitch), harmonics=1)
+        note = m.pluck(pitch, 100, 4.0, RATE, seeded(pitch))
         lines = torch.fft.rfft(note * torch.hann_window(len(note)), n=2 ** 20).abs()
-        assert near(1200 * math.log2(lines.argmax() * RATE / 2 ** 20 / hertz(pitch)), 0, 1)
+        first = lines[:round(1.5 * hertz(pitch) * 2 ** 20 / RATE)].argmax() * RATE / 2 ** 20
+        assert near(1200 * math.log2(first / hertz(pitch)), 0, 1)
     hard, soft = (m.pluck(60, velocity, 0.5, RATE, seeded()) for velocity in (127, 30))
     assert near([soft.abs().max(), hard.abs().max()], [0.1 + 0.8 * 30 / 127, 0.9], 0.05)
     assert hard[[0, -1]].abs().max() < 0.01                # no click
@@ -676,11 +674,11 @@ def test_muon(rows, columns):
         assert near(net.bias, wanted[1])
 
 def test_muon_takes_96_rows_at_a_time():
-    """What follows the 96th row steps as it would alone."""
-    nets = [nn.Linear(4, n, bias=False) for n in (99, 3)]
+    """What follows the 96th row steps as it would alone: a block of 96 and one of 3."""
+    nets = [nn.Conv1d(1, n, 4, bias=False) for n in (195, 99)]
     for net in nets:
         nn.init.zeros_(net.weight)
-        net.weight.grad = normal32(99, 4)[-len(net.weight):]
+        net.weight.grad = normal32(195, 1, 4)[-len(net.weight):]
         m.Muon(net, 0.01).step()
     assert near(nets[0].weight[96:], nets[1].weight)
 
@@ -730,11 +728,10 @@ def test_train_diffusion(tmp_path):
     """Trained on 15 of 20, 0.19 of the labels withheld."""
     flow = Watched()
     x = learn_latents(tmp_path / "model.pt", 100, flow)
-    trained, labels = map(torch.cat, zip(*[seen for seen in flow.seen if len(seen[0]) == 4]))
+    trained, labels = map(torch.cat, zip(*flow.seen))
     assert len(trained) == 400
     assert all((item == x[:15]).all((1, 2)).any() for item in trained)
     assert near((labels == -1).float().mean(), 0.19, 0.06)
-    assert min(labels.min() for x, labels in flow.seen if len(x) == 25) >= 30   # of the last five
 
 def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
     """2 steps and 2 more equal 4 at a constant rate, bit for bit: model and codec."""
@@ -808,7 +805,7 @@ def test_evaluate(run):
     assert found["harmonics_db"]["real"] > 20
     assert near(found["frechet_floor"], m.frechet_distance(a, b), 1e-3)
     assert set(found["frechet"]) == set(found["pitch_accuracy"]) == {"1", "3"}
-    assert [found[key] for key in ("count", "seed", "steps", "nfe")] == [2, 5, 2, 3]
+    assert [found[key] for key in ("count", "seed", "nfe")] == [2, 5, 3]
 
 def test_sample(run, tmp_path):
     """A seed gives the same bytes, both --pitch are played, nothing is overwritten; all options."""
@@ -863,8 +860,8 @@ def test_resume(run, tmp_path):
     ("sample --init-audio TMP/model.pt", "model.pt"),
     ("sample --init-audio SOUND --init-noise 7", "init_noise"), ("sample --steps 0", "1 to"),
     ("train --resume --objective edm", "objective"), ("train --device mps", "mps"),
-    ("train --run TMP/new --data nowhere", "no such folder"), ("train --device abacus", "abacus"),
-    ("train --run TMP/new --data TMP", "at least 2")])
+    ("train --run TMP/new --data nowhere", "expected a folder"), ("train --device abacus", "abacus"),
+    ("train --run TMP/new --data TMP", "2 usable")])
 def test_mistakes_are_one_line(run, tmp_path, capsys, line, word):
     """Status 2, never a traceback; the run stays as it is. What is odd but can be done is noted."""
     (tmp_path / "model.pt").write_text("junk")
