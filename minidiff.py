@@ -1048,7 +1048,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # the next step needs: resumed on a CPU, training ends with the same bits. With torchrun, each GPU
 # draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 1100`. It goes on from step 1000.
+# Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
 # Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2). edm starts at 20, for 9 steps.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
@@ -1400,7 +1400,7 @@ def build_parser(**saved):
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
     add("--codec-steps", type=count, default=900, help="(default 900)")
-    add("--steps", type=count, default=1000, help="of the model (default 1000)")
+    add("--steps", type=count, default=1100, help="of the model (default 1100)")
     add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
     add("--adversarial-from", type=count, help="codec step where the judge joins")
     add("--resume", action="store_true", help="go on with a run")
