@@ -1,7 +1,7 @@
 """minidiff: audio latent diffusion in one file to read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-latents: ask for a pitch, and hear a note that nobody has played. To copy a piece of chapters
+latents: ask for a pitch, hear a note that nobody has played. To copy a piece of chapters
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
     python minidiff.py toy    # the whole idea, in ten seconds
@@ -11,8 +11,8 @@ latents: ask for a pitch, and hear a note that nobody has played. To copy a piec
 The alphabet
   B batch  T audio samples  C latent channels  L latent frames  D features  N how many
   Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
-  x_0 is data, noise is N(0, 1), x_t = alpha(t) x_0 + sigma(t) noise; N(mean, variance) is normal,
-  a deviation the root of a variance.
+  x_0 is data, noise is Normal(0, 1): mean, variance. x_t = alpha(t) x_0 + sigma(t) noise.
+  A deviation is the root of a variance.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
@@ -75,17 +75,17 @@ def toy(steps=3000, seed=0):
     relu = nn.ReLU()
     net = nn.Sequential(nn.Linear(3, 64), relu, nn.Linear(64, 64), relu, nn.Linear(64, 64), relu,
                         nn.Linear(64, 64), relu, nn.Linear(64, 2))
-    optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
     for _ in range(steps):
         x_0 = 2 * moons(1024)  # as large as noise
         noise = torch.randn(1024, 2)
         t = torch.rand(1024, 1)
         x_t = (1 - t) * x_0 + t * noise
         loss = (net(torch.cat([x_t, t], 1)) - (x_0 - noise)).square().mean()
-        optimiser.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        optimiser.step()
+        adam.step()
         schedule.step()
     x = torch.randn(2000, 2)
     with torch.no_grad():
@@ -122,8 +122,8 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
-# Each (x_0, noise) is a path. A density changes by what flows in and out: density times the mean
-# velocity of the paths there. So points that follow the mean have, at every t, the density of x_t
+# Each (x_0, noise) is a path. A density changes by its flow, density times the mean velocity of the
+# paths there: only the mean counts. So points that follow it have, at every t, the density of x_t
 # ([1] th. 3.3): what starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
@@ -144,7 +144,7 @@ def expand(t, x):
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 def standard_normal(shape, generator=None):
-    """N(0, 1) from the CPU, the same for any device. A list has one generator per item."""
+    """Normal(0, 1) from the CPU for any device. A list has one generator per item."""
     if isinstance(generator, list):
         return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
     return torch.randn(shape, generator=generator)
@@ -271,8 +271,8 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
 # weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
-# fit the condition better but are more alike, and the answers' deviation grows; `rescale`
-# undoes that [5].
+# fit the condition better but are more alike, and the answers' deviation grows, which
+# `rescale` undoes [5].
 #
 # Try: `python minidiff.py sample --pitch 60 --count 3 --cfg 8`. You hear 60, too soft or loud:
 # guidance drives all channels too far, and one is the level (chapter 6).
@@ -311,8 +311,8 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of
 # the error. With eta = 1 the third also adds fresh noise. Noise of variance v spreads a density as
-# moving each point by -v/2 times the score would. So the third moves it by v/2 times the score: x_t
-# keeps its density ([17] eq. 13), and early errors fade.
+# moving its points by -v/2 times the score would. So the third also moves them by v/2 times the
+# score: x_t keeps its density ([17] eq. 13), and early errors fade.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step lands near
 # the mean of all notes, a blur of pitches, thirty on one note.
@@ -353,34 +353,34 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
     (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. So a step h leads to
 
-        exp(-g) x + the integral of g exp(g (u - 1)) x_0^ du,  g = (1 + eta) h,
+        exp(-H) x + the integral of H exp(H (q - 1)) x_0^ dq,  H = (1 + eta) h,
 
-    over the share u of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
-    at its end. x_0^ is the parabola x_0 + u h slope + (u h)^2 / 2 bend through the last three, x_0
-    the newest (fewer at first, where it hardly moves). So x_0, h slope, h^2 bend are weighted by
-    phi_k = the integral of g exp(g (u - 1)) u^(k-1) / (k-1)! du, k = 1, 2, 3. By parts,
-    phi_(k+1) = 1/k! - phi_k / g.
+    over the share q of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
+    at its end. x_0^ is the parabola newest + q h slope + (q h)^2 / 2 bend through the last three
+    (fewer at first, where it hardly moves). So newest, h slope, h^2 bend are weighted by
+    phi_k = the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! dq, k = 1, 2, 3. By parts,
+    phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
-        x_0 = denoise(x, x.new_full((len(x),), sigma))
+        newest = denoise(x, x.new_full((len(x),), sigma))
         if sigma_next == 0:
-            return x_0
-        past = [(-math.log(sigma), x_0)] + past[:2]
+            return newest
+        past = [(-math.log(sigma), newest)] + past[:2]
         slope = bend = 0  # derivatives of x_0^
         if len(past) > 1:
             (l0, _), (l1, old) = past[:2]
-            slope = (x_0 - old) / (l0 - l1)
+            slope = (newest - old) / (l0 - l1)
         if len(past) > 2:
             l2, older = past[2]
             bend = 2 * (slope - (old - older) / (l1 - l2)) / (l0 - l2)
             slope = slope + bend * (l0 - l1) / 2  # at l0, not midway
         h = math.log(sigma / sigma_next)
-        g = (1 + eta) * h
-        phi_1 = -math.expm1(-g)
-        phi_2 = 1 - phi_1 / g
-        phi_3 = 1 / 2 - phi_2 / g
-        x = math.exp(-g) * x + phi_1 * x_0 + h * phi_2 * slope + h ** 2 * phi_3 * bend
+        H = (1 + eta) * h
+        phi_1 = -math.expm1(-H)
+        phi_2 = 1 - phi_1 / H
+        phi_3 = 1 / 2 - phi_2 / H
+        x = math.exp(-H) * x + phi_1 * newest + h * phi_2 * slope + h ** 2 * phi_3 * bend
         noise = standard_normal(x.shape, generator).to(x)
         x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise
     return x
@@ -388,16 +388,16 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
 def optimise_noise(sample, noise, loss, steps, lr):
     """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower loss(sample(noise))."""
     noise = noise.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([noise], lr)
+    adam = torch.optim.Adam([noise], lr)
     for _ in range(steps):
         noise.grad, = torch.autograd.grad(loss(sample(noise)), noise)
-        optimiser.step()
+        adam.step()
     return noise.detach()
 
 def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=None, eta=1.0,
              init=None, init_noise=None, keep=None, noise=None, device="cpu", **cond):
     """Draw latents of `shape` [B, C, L]; item i, from noise of seed + i, is the same in any batch.
-    schedule: noise levels sigma/alpha instead of `steps`, such as karras_times(18, 0.002, 80).
+    schedule: noise levels sigma/alpha, in place of steps and init_noise; see karras_times.
     init [B, C, L]: starts from it, noised to time init_noise, by default where sigma = alpha.
     keep [L], bool: frames of init that stay; init_noise=t_max invents the others.
     noise: starts from it, with gradients.
@@ -547,7 +547,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns a unit.
+        # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns per unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -569,8 +569,8 @@ class UNet1d(nn.Module):
 # place of plucking and the dullness of the pick set its size, and it dies away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
-# repeat, so the peak's height r (1 at delay 0) is the harmonic share of the power (Boersma, IFA
-# Proceedings 17, 1993).
+# repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proceedings 17,
+# 1993).
 #
 # Try: `python minidiff.py sample --pitch 43`. It prints the pitch it hears.
 
@@ -629,7 +629,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     finer: delays per sample. Two periods peak as high as one: to prefer the shorter delay, a peak
     loses 0.04 per octave of delay. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
-    shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100: 2637 Hz
+    shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100
     width = 4 * longest // finer  # four longest periods
     left = (width - hop) // 2
     x = F.pad(audio, (left, width - 1 - left)).unfold(1, width, hop)  # [B, L, width]
@@ -638,14 +638,15 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
         # Longer inverse, finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
-    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)  # undo its own fall
+    # The window's own correlation falls: divide it out.
+    r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
     is_peak = r == F.max_pool1d(r, 3, 1, 1)  # the largest of three
     peaks = (r * is_peak)[..., shortest:-1]
     octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
     y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
-    top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # the parabola's, from best
+    top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # the parabola's peak, from best
     pitch = 69 + 12 * torch.log2(sample_rate * finer / 440 / (best + top)[..., 0])
     loud = envelope(audio, hop)
     height = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
@@ -667,7 +668,7 @@ def note_pitch(track):
 # *variational* one [12] gives each latent value a mean and a variance, decodes a draw, z = mean +
 # e^(log_variance / 2) noise, and adds to the loss, with a small weight,
 #
-#     KL(N(mean, variance) || N(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
+#     KL(Normal(mean, variance) || Normal(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
 # a gap between them, 0 if equal. It keeps variances from 0, so neighbouring latents overlap: what a
 # diffusion model can hit, the decoder can play.
@@ -757,7 +758,7 @@ def kl_divergence(mean, log_variance):
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
 # magnitudes of a spectrogram forget the phase. We compare these; RMS error and L1, the mean
-# |error|, hold the phase. Where several sounds fit, the decoder plays their dull average. A
+# |error|, tell the phase. Where several sounds fit, the decoder plays their dull average. A
 # discriminator, the judge, learns to hear this (--adversarial-from), the decoder to avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
@@ -1027,7 +1028,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # Plucks: 5 of each pitch
+    pairs = max(1, min(185, len(held) // 2))  # Plucks: 5 a pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1045,12 +1046,12 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: resumed on a CPU, training ends with the same bits. With torchrun, each GPU
-# draws a part of the batch.
+# the next step needs: on a CPU, with the same --steps, a resumed training ends with the same
+# bits. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# Training noise levels sigma/alpha of rf, edm: e^N(0.5, 1.3^2). edm starts at 20, for 9 steps.
+# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm from 20: few steps.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1074,26 +1075,26 @@ def orthogonalise(x):
         x = a * x + (b * square + c * square @ square) @ x
     return x
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but kernels of convolutions step along the moving average of their gradients,
-    orthogonalised ([20] section 2; 96 rows at a time, for speed), by 0.2 lr (RMS)."""
+class Muon(torch.optim.Adam):
+    """Adam without weight decay, but convolutions' kernels step along the moving average of their
+    gradients, orthogonalised ([20] section 2; by blocks of 96 rows, for speed), by 0.2 lr (RMS)."""
     def __init__(self, net, lr):
-        super().__init__(net.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
+        super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [p for p in net.parameters() if p.ndim == 3]
     @torch.no_grad()
     def step(self):
         alike = {}  # blocks by shape, to save work
         for p in self.kernels:
-            if p not in self.state:  # for AdamW's state_dict
+            if p not in self.state:  # for Adam's state_dict
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
             rows = p.grad.lerp(mean, 0.95).flatten(1)  # one step on (Nesterov)
             for weight, block in zip(p.flatten(1).split(96), rows.split(96)):
                 alike.setdefault(block.shape, []).append((weight, block))
-            p.grad = None  # AdamW skips it
+            p.grad = None  # Adam skips it
         for shape, pairs in alike.items():
             weights, blocks = zip(*pairs)
-            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # to have this RMS
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # its RMS: max(shape)^-1/2
             for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
                 weight.sub_(size * block)
         super().step()
@@ -1149,7 +1150,7 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, cro
     crop = min(crop, audio.shape[1])
     audio = torch.cat([codec.levelled(some)[0] for some in audio.split(64)])
     judge = STFTDiscriminator().to(device)
-    judge_adamw = torch.optim.AdamW(judge.parameters(), lr / 3, betas=(0.8, 0.99))
+    judge_adam = torch.optim.Adam(judge.parameters(), lr / 3, betas=(0.8, 0.99))
     weights = {"l1": 1, "l2": 1, "stft": 2, "adversarial": 1, "features": 2}
     balancer = LossBalancer(weights, ema_decay=0.99).to(device)
     def learn(step):
@@ -1166,16 +1167,16 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, cro
         seen = {"kl": kl_divergence(mean, log_variance)}
         if step >= adversarial_from:
             seen["judge"] = hinge_discriminator_loss(judge(real)[0], judge(estimate.detach())[0])
-            judge_adamw.zero_grad()
+            judge_adam.zero_grad()
             seen["judge"].backward()
-            judge_adamw.step()
+            judge_adam.step()
             logits, maps = judge(estimate)
             losses["adversarial"] = hinge_generator_loss(logits)
             losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
         return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
     return fit("codec", codec, learn, steps, path, lr, generator, settings, judge=judge,
-               judge_adamw=judge_adamw, balancer=balancer)
+               judge_adam=judge_adam, balancer=balancer)
 
 def drop_conditions(cond, generator, p=0.1):
     """Withhold each of n labels [B, n] or controls [B, n, L] with probability p, and all n of an
@@ -1190,8 +1191,8 @@ def drop_conditions(cond, generator, p=0.1):
 
 def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=64, lr=1.5e-3,
                     settings=None):
-    """Train net on latents x [N, C, L] and cond {name: [N, ...]}, but for those held out, `valid`
-    [N]; returns its average."""
+    """Train net on x [N, C, L] and cond {name: [N, ...]} where not `valid` [N]; returns its
+    average."""
     generator = torch.Generator().manual_seed(seed + RANK)
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device = next(net.parameters()).device
@@ -1211,23 +1212,23 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # 10. Measuring: is it any good?
 #
 # As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-# Like the data? Level, harmonics to noise, the codec's spectral distance, Frechet's: each sound has
-# its channels' means and deviations; normals are fitted to these and to those of half of the
-# held-out sounds. The floor, in the real row: half to half.
+# Like the data? Level, harmonics to noise, the codec's spectral distance. Frechet: fit a normal to
+# the channels' means and deviations over each sound, and one to those of half of the held-out
+# sounds; how far apart are they? The floor, in the real row: half to half.
 # New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
 # below 1 is a copy.
 #
 # Try: `python minidiff.py evaluate --steps 3`. Frechet grows.
 
 def frechet_distance(a, b):
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
-    m: means, C: covariances. Few rows raise it: compare at equal N."""
+    """|m1 - m2|^2 + trace(V1 + V2 - 2 (V1 V2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
+    m: means, V: covariances. Few rows raise it: compare at equal N."""
     if min(len(a), len(b)) < 2:
         raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
-    c1, c2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))
-    roots = torch.linalg.eigvals(c1 @ c2).real.clamp_min(0).sqrt()  # eigenvalues of the root
-    return (means + c1.trace() + c2.trace() - 2 * roots.sum()).clamp_min(0).item()
+    v1, v2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))
+    roots = torch.linalg.eigvals(v1 @ v2).real.clamp_min(0).sqrt()  # eigenvalues of the root
+    return (means + v1.trace() + v2.trace() - 2 * roots.sum()).clamp_min(0).item()
 
 def build_net(settings):
     channels = settings["channels"]
@@ -1284,7 +1285,7 @@ def describe(audio, codec, cond, real=None):
         floor = 1e-3 * wanted.amax((1, 2), keepdim=True) + 1e-9
         decibels = 20 * (found.maximum(floor) / wanted.maximum(floor)).log10()
         figures["spectral_distance_db"] = decibels.square().mean(1).sqrt().mean()
-    return {name: value.item() for name, value in figures.items() if value.isfinite()}
+    return {name: x.item() for name, x in figures.items() if x.isfinite()}
 
 @torch.no_grad()
 def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
@@ -1323,7 +1324,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
                     for i, sound in enumerate(audio[:4])}
 
 def save_spectrogram(path, audio, rate, columns=320, top=3000):
-    """A bitmap of audio [T]: 0 to `top` Hz upwards, white 80 dB below the loudest."""
+    """A BMP, header and pixels, of audio [T]: 0 to `top` Hz, white 80 dB below the loudest."""
     size = 2 ** round(math.log2(rate / 16))
     S = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
     decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
@@ -1414,7 +1415,7 @@ def build_parser(**saved):
     add("--cfg", type=float, default=1.25, help="guidance scale (default 1.25)")
     add("--init-audio")
     add("--init-noise", type=float, help="its t, 0 keeps all (default: sigma = alpha)")
-    add("--out", type=Path, help="(default: samples in the run)")
+    add("--out", type=Path, help="(default: in the run)")
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
     return top
 
@@ -1473,7 +1474,7 @@ def train_run(args, argv):
         write_sounds(folder / "samples", sounds, settings["sample_rate"])
         in_tune = result["pitch_accuracy_codec"]
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
-        weak = abs(louder) > 6 or in_tune is not None and in_tune < 0.9
+        weak = abs(louder) > 6 or (in_tune is not None and in_tune < 0.9)
         print("verdict: the codec is", "the weak part: train another --run with more --codec-steps"
               if weak else "good: if notes are not, --resume with more --steps")
 
@@ -1484,7 +1485,7 @@ def sample_run(args):
     condition = settings["condition"]
     learnt = settings["frames"]
     rate = run.codec.sample_rate / run.codec.hop  # frames a second
-    if args.pitch and condition != "note" or args.melody and condition != "control":
+    if (args.pitch and condition != "note") or (args.melody and condition != "control"):
         raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
     if args.melody and args.init_audio or args.init_noise is not None and not args.init_audio:
         raise ValueError("--init-noise needs --init-audio, which goes without --melody")
