@@ -122,9 +122,9 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
-# Each (x_0, noise) is a path. A density changes by its flow, density times the mean velocity of the
-# paths there: only the mean counts. So points that follow it have, at every t, the density of x_t
-# ([1] th. 3.3): what starts as noise arrives distributed as the data.
+# Each (x_0, noise) is a path. What density enters and leaves a place depends on the mean velocity
+# there alone. So points that follow it have, at every t, the density of x_t ([1] th. 3.3): what
+# starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Loss: of a net that answers 0, for
@@ -311,11 +311,11 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of
 # the error. With eta = 1 the third also adds fresh noise. Noise of variance v spreads a density as
-# moving its points by -v/2 times the score would. So the third also moves them by v/2 times the
-# score: x_t keeps its density ([17] eq. 13), and early errors fade.
+# moving its points by -v/2 times the score would. The third undoes this by v/2 times the score: x_t
+# keeps its density ([17] eq. 13), and early errors fade.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step lands near
-# the mean of all notes, a blur of pitches, thirty on one note.
+# the mean of all notes, a blur of pitches; thirty on one note.
 
 def linear_times(steps, start=1.0):
     """Even times from `start` to 0: [steps + 1]."""
@@ -357,7 +357,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
 
     over the share q of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
     at its end. x_0^ is the parabola newest + q h slope + (q h)^2 / 2 bend through the last three
-    (fewer at first, where it hardly moves). So newest, h slope, h^2 bend are weighted by
+    (fewer at first, where x_0^ hardly moves). So newest, h slope, h^2 bend are weighted by
     phi_k = the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! dq, k = 1, 2, 3. By parts,
     phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
@@ -604,7 +604,7 @@ def save_audio(path, audio, sample_rate):
     return peak
 
 def pluck(pitch, velocity, seconds, sample_rate, generator=None):
-    """A plucked string of random timbre: [T]. velocity: MIDI's force of the stroke, to 127."""
+    """A plucked string of random timbre: [T]. velocity: MIDI's force, to 127."""
     point, bright, decay = torch.rand(3, generator=generator).double()
     force = velocity / 127
     f_0 = 440 * 2 ** ((pitch - 69) / 12)
@@ -757,9 +757,10 @@ def kl_divergence(mean, log_variance):
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase. We compare these; RMS error and L1, the mean
-# |error|, tell the phase. Where several sounds fit, the decoder plays their dull average. A
-# discriminator, the judge, learns to hear this (--adversarial-from), the decoder to avoid it.
+# magnitudes of a spectrogram forget the phase, so we compare these. Alone they leave it open: RMS
+# error and L1, the mean |error|, settle it. Where several sounds fit, the decoder plays their dull
+# average. A discriminator, the judge, learns to hear this (--adversarial-from), the decoder to
+# avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -834,7 +835,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # undoes their start at 0
+            mean = running[0] / running[1]  # undoes the start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1051,7 +1052,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm from 20: few steps.
+# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm starts at 20: few steps.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1212,9 +1213,9 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # 10. Measuring: is it any good?
 #
 # As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
-# Like the data? Level, harmonics to noise, the codec's spectral distance. Frechet: fit a normal to
-# the channels' means and deviations over each sound, and one to those of half of the held-out
-# sounds; how far apart are they? The floor, in the real row: half to half.
+# Like the data? Level, harmonics to noise, the codec's spectral distance. Frechet: describe
+# each sound by its channels' means and deviations; fit a normal to these, and one to those of half
+# of the held-out sounds; how far apart are they? The floor, in the real row: half to half.
 # New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
 # below 1 is a copy.
 #

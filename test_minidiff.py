@@ -808,7 +808,7 @@ def test_evaluate(run):
     assert [found[key] for key in ("count", "seed", "nfe")] == [2, 5, 3]
 
 def test_sample(run, tmp_path):
-    """A seed gives the same bytes, both --pitch are played, nothing is overwritten; all options."""
+    """A seed gives the same bytes, both --pitch are played, nothing is overwritten; defaults."""
     base = f"sample --run {run} --steps 2 --pitch 60 --pitch 64 --seed 3 --out {tmp_path}"
     assert ask(f"{base}/a") == ask(f"{base}/r&d") == 0
     before = wavs(tmp_path / "a")
@@ -822,6 +822,7 @@ def test_sample(run, tmp_path):
     assert ask(f"{base}/c --count 2 --seconds 0.5 --cfg 3 --sampler dpmpp_3m_sde") == 0
     assert len(wavs(tmp_path / "c")) == 4
     assert soundfile.info(tmp_path / "c" / "sample_3_pitch_60.wav").frames == 32 * 256
+    assert m.build_parser().parse_args(["sample"]).run == "runs/plucks"
 
 def test_sample_from_a_sound(run, tmp_path):
     """Noise 0 is the codec's round trip; 1 ignores the sound; the default does not."""
