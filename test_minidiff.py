@@ -370,6 +370,7 @@ def test_pitch_track():
     hard[1, 2048:] *= 10 ** (-70 / 20)
     assert m.pitch_track(hard, RATE, 256)[:, 12:].count_nonzero(1).tolist() == [0, 0, 0, 0]
     assert near(heard(0.4 * sine(hertz(48)) + sine(hertz(60))), 48, 0.1)   # r = 0.72 at 60
+    assert near(heard(sine(440) + 0.45 * normal32(8000)), 69, 0.3)         # r = 0.71
     assert m.envelope(torch.tensor([[1, -3, 2, 0.5, 4]]), 2).tolist() == [[3, 2, 4]]
     track = torch.tensor([[0, 60.0, 60, 75], [0] * 4])
     assert m.note_pitch(track).nan_to_num(-1).tolist() == [60, -1]
