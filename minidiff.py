@@ -1047,8 +1047,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: on a CPU, with the same --steps, a resumed training ends with the same
-# bits. With torchrun, each GPU draws a part of the batch.
+# the next step needs: on a CPU, with the same --steps, a resumed training ends with the
+# same bits. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
