@@ -11,7 +11,7 @@ latents: ask for a pitch, hear a note that nobody has played. To copy a piece of
 The alphabet
   B batch  T audio samples  C latent channels  L latent frames  D features  N how many
   Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
-  x_0 is data, noise is Normal(0, 1): mean, variance. x_t = alpha(t) x_0 + sigma(t) noise.
+  x_0 is data, noise is Normal(0, 1), mean 0 and variance 1. x_t = alpha(t) x_0 + sigma(t) noise.
   A deviation is the root of a variance.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
@@ -144,7 +144,7 @@ def expand(t, x):
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 def standard_normal(shape, generator=None):
-    """Normal(0, 1) from the CPU for any device. A list has one generator per item."""
+    """Normal(0, 1) from the CPU for any device. A list: one per item."""
     if isinstance(generator, list):
         return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
     return torch.randn(shape, generator=generator)
@@ -311,8 +311,8 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of
 # the error. With eta = 1 the third also adds fresh noise. Noise of variance v spreads a density as
-# moving its points by -v/2 times the score would. The third undoes this by v/2 times the score: x_t
-# keeps its density ([17] eq. 13), and early errors fade.
+# moving its points by -v/2 times the score would. To undo this, the third moves them by v/2 times
+# the score: x_t keeps its density ([17] eq. 13), and early errors fade.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step lands near
 # the mean of all notes, a blur of pitches; thirty on one note.
@@ -1052,7 +1052,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm starts at 20: few steps.
+# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm starts at 20: fewer steps.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1084,7 +1084,7 @@ class Muon(torch.optim.Adam):
         self.kernels = [p for p in net.parameters() if p.ndim == 3]
     @torch.no_grad()
     def step(self):
-        alike = {}  # blocks by shape, to save work
+        alike = {}  # blocks by shape
         for p in self.kernels:
             if p not in self.state:  # for Adam's state_dict
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
@@ -1340,7 +1340,7 @@ def write_sounds(folder, sounds, rate):
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
                        "<p>real: held out; codec: through the codec. Dark is loud, "
-                       "the top 3000 Hz.</p>\n")
+                       "the top is 3000 Hz.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
@@ -1404,7 +1404,7 @@ def build_parser(**saved):
     add("--codec-steps", type=count, default=900, help="(default 900)")
     add("--steps", type=count, default=1100, help="of the model (default 1100)")
     add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
-    add("--adversarial-from", type=count, help="codec step where the judge joins")
+    add("--adversarial-from", type=count, help="step where the judge joins")
     add("--resume", action="store_true", help="go on with a run")
     train.set_defaults(**saved | {"device": gpu})  # --resume: as saved
     add = sample.add_argument
