@@ -17,7 +17,11 @@ The alphabet
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
-  Other letters stand by their formula.
+  a, b two sets or halves  d dx/dt  f a frequency; f(x) a function  g a gradient  h a step
+  i, k, n count  p a density or probability  r height of an autocorrelation  v a variance
+  y the target  z latents before they are standardised  E[.] a mean
+  Used in one place: c, u chapter 2; H, q, phi, l0 to l2 in dpmpp_3m_sde; m, V in
+  frechet_distance; s a singular value, in VPDiffusion its offset; S a spectrogram.
 
 The chapters
   0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
@@ -146,7 +150,7 @@ def expand(t, x):
 def standard_normal(shape, generator=None):
     """Normal(0, 1) from the CPU for any device. A list: one per item."""
     if isinstance(generator, list):
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
+        return torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
     return torch.randn(shape, generator=generator)
 
 class Objective:
@@ -195,7 +199,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """Variance preserving. The target is v = dx_t/d(angle) ([16] appendix D); s keeps sigma above
+    """Variance preserving. The target is dx_t/d(angle) ([16] appendix D); s keeps sigma above
     0.012."""
     s: float = 0.008
 
@@ -211,7 +215,7 @@ class VPDiffusion(Objective):
     def denoise(self, net, x_t, t, **cond):
         angle = self.angle(expand(t, x_t))
         return angle.cos() * x_t - angle.sin() * self.answer(net, x_t, t, **cond)
-    def velocity(self, net, x_t, t, **cond):  # dx/dt = d(angle)/dt v
+    def velocity(self, net, x_t, t, **cond):  # d(angle)/dt dx/d(angle)
         return math.pi / 2 / (1 + self.s) * self.answer(net, x_t, t, **cond)
     def sample_times(self, n, generator=None):
         return torch.rand(n, generator=generator)
@@ -429,14 +433,13 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
         return objective.velocity(net, keeping(x_t, t), t, **cond)
-    def denoise(z, ratio):  # z = x_t / alpha
+    def denoise(scaled, ratio):  # x_t / alpha
         t = objective.time_at(ratio)
-        x_t = expand(objective.alpha(t), z) * z
+        x_t = expand(objective.alpha(t), scaled) * scaled
         return objective.denoise(net, keeping(x_t, t), t, **cond)
     with torch.set_grad_enabled(noise.requires_grad):
         if sampler == "dpmpp_3m_sde":
-            z = data + schedule[0] * noise
-            x = dpmpp_3m_sde(denoise, z, schedule, eta, generators)
+            x = dpmpp_3m_sde(denoise, data + schedule[0] * noise, schedule, eta, generators)
         else:
             times = objective.time_at(schedule).nan_to_num(start)  # inf / inf in rectified flow
             x = objective.add_noise(data, noise, times[0])
@@ -464,19 +467,20 @@ class TutorialUNet(nn.Module):
         super().__init__()
         widths = [channels] + [width * 2 ** i for i in range(depth)]
         pairs = list(pairwise(widths))
-        self.down = nn.ModuleList(nn.Conv1d(a, b, 4, 2, 1) for a, b in pairs)
+        self.down = nn.ModuleList(nn.Conv1d(D, D_out, 4, 2, 1) for D, D_out in pairs)
         self.middle = nn.Conv1d(widths[-1], widths[-1], 3, 1, 1)
         self.time_mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, widths[-1]))
-        self.up = nn.ModuleList(nn.ConvTranspose1d(b, a, 4, 2, 1) for a, b in pairs[::-1])
+        self.up = nn.ModuleList(nn.ConvTranspose1d(D_out, D, 4, 2, 1) for D, D_out in pairs[::-1])
         self.exit = nn.Conv1d(channels, channels, 1)
     def forward(self, x, t):
         skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]
         for conv in self.down:
             skips.append(F.relu(conv(skips[-1])))
-        y = F.relu(self.middle(skips.pop())) + self.time_mlp(t[:, None])[:, :, None]
+        L = x.shape[2]
+        x = F.relu(self.middle(skips.pop())) + self.time_mlp(t[:, None])[:, :, None]
         for conv in self.up:
-            y = F.relu(conv(y)) + skips.pop()
-        return self.exit(y)[:, :, :x.shape[2]]
+            x = F.relu(conv(x)) + skips.pop()
+        return self.exit(x)[:, :, :L]
 
 def time_embedding(t, D):
     """Sines and cosines of 1000 t, since [18] section 3.5 is made for integers: [B] -> [B, D]."""
@@ -500,8 +504,8 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv1d(D, D_out, 1) if D != D_out else nn.Identity()
     def forward(self, x, embedding):
         scale, shift = self.modulate(F.silu(embedding))[:, :, None].chunk(2, 1)
-        f = self.norm(self.enter(x)) * (1 + scale) + shift
-        return self.skip(x) + self.exit(F.silu(f))
+        hidden = self.norm(self.enter(x)) * (1 + scale) + shift
+        return self.skip(x) + self.exit(F.silu(hidden))
 
 class SelfAttention(nn.Module):
     """x + attention over L ([18] section 3.2): [B, D, L] -> same. Lifts out with: FrameNorm."""
@@ -525,7 +529,7 @@ class UNet1d(nn.Module):
         self.width = width
         self.controls = controls
         self.window = window
-        widths = [width * m for m in (1, *multipliers)]
+        widths = [width * times for times in (1, *multipliers)]
         wide = 2 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, wide), nn.SiLU(), nn.Linear(wide, wide))
         self.tables = nn.ModuleList(nn.Embedding(size + 1, wide) for size in label_sizes)
@@ -533,11 +537,12 @@ class UNet1d(nn.Module):
         self.position = nn.Linear(width, width)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        for i, (a, b) in enumerate(pairwise(widths)):
-            halve = nn.Conv1d(a, a, 4, 2, 1) if i > 0 else nn.Identity()
+        for i, (D, D_out) in enumerate(pairwise(widths)):
+            halve = nn.Conv1d(D, D, 4, 2, 1) if i > 0 else nn.Identity()
             attend = SelfAttention if i > 0 else nn.Identity  # takes any arguments
-            self.down.append(nn.ModuleList([halve, ResidualBlock(a, b, wide), attend(b, heads)]))
-            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * b, a, wide), attend(a, heads)]))
+            self.down.append(nn.ModuleList([halve, ResidualBlock(D, D_out, wide),
+                                            attend(D_out, heads)]))
+            self.up.insert(0, nn.ModuleList([ResidualBlock(2 * D_out, D, wide), attend(D, heads)]))
         self.middle = ResidualBlock(widths[-1], widths[-1], wide)
         self.exit = nn.Sequential(FrameNorm(width), nn.SiLU(), nn.Conv1d(width, channels, 3, 1, 1))
 
@@ -548,7 +553,8 @@ class UNet1d(nn.Module):
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
         # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns per unit.
-        waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
+        waves = [wave(math.tau * 2 ** k * controls) for k in range(4)
+                 for wave in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
@@ -645,8 +651,8 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     peaks = (r * is_peak)[..., shortest:-1]
     octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
-    y0, y1, y2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
-    top = (y2 - y0) / 2 / (2 * y1 - y0 - y2).clamp_min(1e-12)  # the parabola's peak, from best
+    r0, r1, r2 = (r.gather(-1, best + i) for i in (-1, 0, 1))
+    top = (r2 - r0) / 2 / (2 * r1 - r0 - r2).clamp_min(1e-12)  # the parabola's peak, from best
     pitch = 69 + 12 * torch.log2(sample_rate * finer / 440 / (best + top)[..., 0])
     loud = envelope(audio, hop)
     height = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
@@ -680,14 +686,14 @@ def note_pitch(track):
 # hear the codec's round trip.
 
 class Snake(nn.Module):
-    """x + sin(a x)^2 / a, one learned a > 0 per channel ([10] eq. 3): [B, D, T] -> same.
+    """x + sin(omega x)^2 / omega, omega > 0 learned by feature ([10] eq. 3): [B, D, T] -> same.
     It waves for ever, as tones do; a ReLU goes straight."""
     def __init__(self, channels):
         super().__init__()
-        self.log_a = nn.Parameter(torch.zeros(channels, 1))
+        self.log_omega = nn.Parameter(torch.zeros(channels, 1))
     def forward(self, x):
-        a = self.log_a.exp()
-        return x + torch.sin(a * x).square() / a
+        omega = self.log_omega.exp()
+        return x + torch.sin(omega * x).square() / omega
 
 class ResidualUnit(nn.Sequential):
     """x + two convolutions of it, the first dilated: [B, D, T] -> same. Lifts out with: Snake."""
@@ -713,11 +719,11 @@ class SnakeVAE(nn.Module):
         widths = [1] + [width * 2 ** i for i in range(len(strides))]
         encoder = []
         decoder = []
-        for s, (a, b) in zip(strides, pairwise(widths)):
-            shape = 2 * s, s, (s + 1) // 2  # kernel, stride, padding: T -> T / s
-            encoder += [nn.Conv1d(a, b, *shape), ResidualUnit(b, 1), Snake(b)]
-            decoder = [*(ResidualUnit(b, d) for d in dilations), Snake(b),
-                       nn.ConvTranspose1d(b, a, *shape, output_padding=s % 2)] + decoder
+        for stride, (D, D_out) in zip(strides, pairwise(widths)):
+            shape = 2 * stride, stride, (stride + 1) // 2  # and padding: T -> T / stride
+            encoder += [nn.Conv1d(D, D_out, *shape), ResidualUnit(D_out, 1), Snake(D_out)]
+            decoder = [*(ResidualUnit(D_out, dilation) for dilation in dilations), Snake(D_out),
+                       nn.ConvTranspose1d(D_out, D, *shape, output_padding=stride % 2)] + decoder
         wide = widths[-1]
         encoder.insert(-1, Recurrent(wide, wide // 2, bidirectional=True))
         decoder.insert(0, Recurrent(wide, wide // 2, bidirectional=True))
@@ -776,13 +782,13 @@ def stft(audio, size):
     return torch.stft(audio, size, size // 4, window=window, pad_mode="constant",
                       return_complex=True) * 4 / size
 
-def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
+def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-2):
     """||wanted - found|| / ||wanted|| + mean |ln wanted - ln found|, over `sizes` ([19] eq. 4-6).
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
         found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(wanted.shape[1])  # the norm if all were 10 floor
+        silent = floor * math.sqrt(wanted.shape[1])  # the norm if all were floor
         total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
         total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -792,7 +798,7 @@ class STFTDiscriminator(nn.Module):
     Lifts out with: stft."""
     def __init__(self, widths=(2, 32, 64, 128, 128)):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Conv2d(D, D_out, 3, 2, 1) for D, D_out in pairwise(widths))
         self.exit = nn.Conv2d(widths[-1], 1, 3, 1, 1)
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
@@ -812,8 +818,8 @@ def hinge_generator_loss(fake):
 
 def feature_matching_loss(real, fake):
     """L1 distance of hidden layers, relative to the real ones' size ([11] section 3.4)."""
-    return sum(F.l1_loss(f, r.detach()) / r.detach().abs().mean().clamp_min(1e-8)
-               for r, f in zip(real, fake)) / len(real)
+    return sum(F.l1_loss(found, wanted.detach()) / wanted.detach().abs().mean().clamp_min(1e-8)
+               for wanted, found in zip(real, fake)) / len(real)
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
@@ -994,10 +1000,10 @@ def melody_curves(melody, frames_per_note, played):
     fade = change[voiced[1:] & voiced[:-1]].median()
     edges = [round(k * frames_per_note) for k in range(len(melody) + 1)]
     curves = torch.tensor([[0.0], [-5.0]]).repeat(1, edges[-1])
-    for pitch, (a, b) in zip(melody, pairwise(edges)):
+    for pitch, (begin, end) in zip(melody, pairwise(edges)):
         if pitch is not None:
-            curves[0, a:b] = loud[voiced].quantile(0.8) * fade ** torch.arange(b - a)
-            curves[1, a:b] = (pitch - 60) / 12
+            curves[0, begin:end] = loud[voiced].quantile(0.8) * fade ** torch.arange(end - begin)
+            curves[1, begin:end] = (pitch - 60) / 12
     return curves
 
 def save_checkpoint(path, **state):
@@ -1068,36 +1074,31 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Even out singular values of x [N, ., .]: 0.006 to 1 of the norm become 0.2 to 2 [21]."""
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # Each singular value s becomes a s + b s^3 + c s^5.
-    for a, b, c in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
+    """Even out the singular values of a matrix: 0.006 to 1 of its norm become 0.2 to 2 [21]."""
+    x = x / x.norm().clamp_min(1e-12)
+    # On a singular value s: first s + third s^3 + fifth s^5.
+    for first, third, fifth in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = first * x + (third * square + fifth * square @ square) @ x
     return x
 
 class Muon(torch.optim.Adam):
     """Adam without weight decay, but convolutions' kernels step along the moving average of their
-    gradients, orthogonalised ([20] section 2; by blocks of 96 rows, for speed), by 0.2 lr (RMS)."""
+    gradients, orthogonalised ([20] section 2), by 0.2 lr (RMS)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
-        self.kernels = [p for p in net.parameters() if p.ndim == 3]
+        self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
     @torch.no_grad()
     def step(self):
-        alike = {}  # blocks by shape
-        for p in self.kernels:
-            if p not in self.state:  # for Adam's state_dict
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-            mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            rows = p.grad.lerp(mean, 0.95).flatten(1)  # one step on (Nesterov)
-            for weight, block in zip(p.flatten(1).split(96), rows.split(96)):
-                alike.setdefault(block.shape, []).append((weight, block))
-            p.grad = None  # Adam skips it
-        for shape, pairs in alike.items():
-            weights, blocks = zip(*pairs)
-            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # its RMS: max(shape)^-1/2
-            for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
-                weight.sub_(size * block)
+        for kernel in self.kernels:
+            if kernel not in self.state:  # for Adam's state_dict
+                self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
+            g = kernel.grad
+            mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
+            rows = g.lerp(mean, 0.95).flatten(1)  # one step on (Nesterov)
+            size = 0.2 * self.param_groups[0]["lr"] * max(rows.shape) ** 0.5
+            kernel -= size * orthogonalise(rows).view_as(kernel)  # its RMS: max(shape)^-1/2
+            kernel.grad = None  # Adam skips it
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
@@ -1142,10 +1143,8 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
     return average.module
 
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
-                kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
-    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations, fading: the decoder learns to bear a diffusion
-    model's errors, then to be exact."""
+                kl_weight=0.01, adversarial_from=math.inf, settings=None):
+    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1159,12 +1158,11 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, cro
         starts = torch.randint(audio.shape[1] - crop + 1, (batch_size, 1), generator=generator)
         real = audio[chosen, starts + torch.arange(crop)].to(device)
         mean, log_variance = codec.posterior(real)
-        blurred = blur * (1 - step / steps)
-        variance = log_variance.exp() + (blurred * mean.detach()).var((0, 2), keepdim=True)
-        z = mean + variance.sqrt() * standard_normal(mean.shape, generator).to(mean)
+        noise = standard_normal(mean.shape, generator).to(mean)
+        z = mean + (log_variance / 2).exp() * noise
         estimate = codec.decoder(z)[:, 0, :crop]
-        l2 = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
-        losses = {"l1": F.l1_loss(estimate, real), "l2": l2, "stft": stft_loss(estimate, real)}
+        rms = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
+        losses = {"l1": F.l1_loss(estimate, real), "l2": rms, "stft": stft_loss(estimate, real)}
         seen = {"kl": kl_divergence(mean, log_variance)}
         if step >= adversarial_from:
             seen["judge"] = hinge_discriminator_loss(judge(real)[0], judge(estimate.detach())[0])
@@ -1175,7 +1173,7 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, cro
             losses["adversarial"] = hinge_generator_loss(logits)
             losses["features"] = feature_matching_loss(judge(real)[1], maps)
         balancer.backward(losses, estimate, free={"kl": kl_weight * seen["kl"]})
-        return losses | seen | {f"{name} share": s for name, s in balancer.shares.items()}
+        return losses | seen | {f"{name} share": x for name, x in balancer.shares.items()}
     return fit("codec", codec, learn, steps, path, lr, generator, settings, judge=judge,
                judge_adam=judge_adam, balancer=balancer)
 
@@ -1305,12 +1303,12 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
                      device=run.device, **cond).cpu()
         kinds[f"w = {w:g}"] = (x, run.decode(x))
         result.setdefault("seconds_per_item", (time.perf_counter() - began) / len(b))
-        near = [torch.cdist(z.flatten(1), train).amin(1).mean().item() for z in (x, b)]
+        near = [torch.cdist(half.flatten(1), train).amin(1).mean().item() for half in (x, b)]
         result.setdefault("nearest_ratio", near[0] / max(near[1], 1e-9))  # of the first w
     for kind, (x, audio) in kinds.items():
         figures = describe(audio, run.codec, cond, data["real"] if kind == "codec" else None)
         if kind != "codec" and len(b) > 1:
-            features = [torch.cat(torch.std_mean(z, 2), 1) for z in (x, a)]
+            features = [torch.cat(torch.std_mean(half, 2), 1) for half in (x, a)]
             figures["frechet"] = frechet_distance(*features)
         print(f"  {kind:6}", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         for name, value in figures.items():
@@ -1401,7 +1399,7 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=900, help="(default 900)")
+    add("--codec-steps", type=count, default=800, help="(default 800)")
     add("--steps", type=count, default=1100, help="of the model (default 1100)")
     add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
     add("--adversarial-from", type=count, help="step where the judge joins")
@@ -1420,27 +1418,27 @@ def build_parser(**saved):
     measure.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 2.0])
     return top
 
-def prepare(s, folder):
+def prepare(args, folder):
     """Make codec.pt and latents.pt."""
-    given = {"seconds": s.seconds} if s.seconds else {}
-    if s.codec == "music2latent":
+    given = {"seconds": args.seconds} if args.seconds else {}
+    if args.codec == "music2latent":
         given["sample_rate"] = Music2Latent.sample_rate
-    if s.data in BUILT_IN:
-        data = BUILT_IN[s.data](seed=s.seed, **given)
+    if args.data in BUILT_IN:
+        data = BUILT_IN[args.data](seed=args.seed, **given)
     else:
-        data = AudioFolder(download_nsynth() if s.data == "nsynth" else s.data, **given)
-    best = "note" if data.sources else "control" if s.data == "melodies" else "none"
-    s.condition = "none" if s.net == "tutorial" else s.condition or best
-    if s.condition == "note" and not data.sources:
+        data = AudioFolder(download_nsynth() if args.data == "nsynth" else args.data, **given)
+    best = "note" if data.sources else "control" if args.data == "melodies" else "none"
+    args.condition = "none" if args.net == "tutorial" else args.condition or best
+    if args.condition == "note" and not data.sources:
         raise ValueError("--condition note needs names such as guitar_004-071-025.wav")
-    if s.codec == "music2latent":
-        codec = Music2Latent(s.seed, s.device)
+    if args.codec == "music2latent":
+        codec = Music2Latent(args.seed, args.device)
     else:
         audio = torch.stack([data[i] for i in (~data.valid).nonzero()[:, 0]])
-        codec = train_codec(SnakeVAE(data.sample_rate).to(s.device), audio, s.codec_steps,
-                            folder / "codec.pt", s.seed, lr=s.lr, settings=vars(s),
-                            adversarial_from=s.adversarial_from or math.inf)
-    encode_all(codec, data, folder / "latents.pt", s.condition, s.device)
+        codec = train_codec(SnakeVAE(data.sample_rate).to(args.device), audio, args.codec_steps,
+                            folder / "codec.pt", args.seed, lr=args.lr, settings=vars(args),
+                            adversarial_from=args.adversarial_from or math.inf)
+    encode_all(codec, data, folder / "latents.pt", args.condition, args.device)
 
 def train_run(args, argv):
     folder = Path(args.run or f"runs/{Path(args.data).resolve().name}")
@@ -1448,30 +1446,30 @@ def train_run(args, argv):
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
-    s = build_parser(**saved).parse_args(argv)
-    s.codec = s.codec or ("vae" if s.data in BUILT_IN else "music2latent")
+    args = build_parser(**saved).parse_args(argv)
+    args.codec = args.codec or ("vae" if args.data in BUILT_IN else "music2latent")
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
-        if name in saved and getattr(s, name) != saved[name]:
+        if name in saved and getattr(args, name) != saved[name]:
             raise ValueError(f"{folder} has --{name} {saved[name]}; choose another --run")
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(s.seed)
+    torch.manual_seed(args.seed)
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
-        prepare(s, folder)
+        prepare(args, folder)
     while not latents.exists():
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
-        s.device += f":{os.environ['LOCAL_RANK']}"
+        args.device += f":{os.environ['LOCAL_RANK']}"
     data = load_checkpoint(latents)
-    settings = vars(s) | data["facts"]
-    torch.manual_seed(s.seed)
-    net = build_net(settings).to(s.device)
+    settings = vars(args) | data["facts"]
+    torch.manual_seed(args.seed)
+    net = build_net(settings).to(args.device)
     batch_size = max(WORLD, 4000 // settings["frames"])
-    train_diffusion(net, OBJECTIVES[s.objective], data["x"], data["cond"], data["valid"], s.steps,
-                    folder / "model.pt", s.seed, batch_size, s.lr, settings)
+    train_diffusion(net, OBJECTIVES[args.objective], data["x"], data["cond"], data["valid"],
+                    args.steps, folder / "model.pt", args.seed, batch_size, args.lr, settings)
     if RANK == 0:
-        result, sounds = evaluate(Run(folder, s.device), seed=s.seed)
+        result, sounds = evaluate(Run(folder, args.device), seed=args.seed)
         write_sounds(folder / "samples", sounds, settings["sample_rate"])
         in_tune = result["pitch_accuracy_codec"]
         louder = result["level_db"]["codec"] - result["level_db"]["real"]
