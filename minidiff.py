@@ -12,7 +12,7 @@ The alphabet
   B batch  T audio samples  C latent channels  L latent frames  D features  N how many
   Audio is [B, T], mono, float32; latents [B, C, L]; times [B].
   x_0 is data, noise is Normal(0, 1), mean 0 and variance 1. x_t = alpha(t) x_0 + sigma(t) noise.
-  A deviation is the root of a variance.
+  A deviation is a variance's root.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
@@ -20,8 +20,7 @@ The alphabet
   a, b two sets or halves  d dx/dt  f a frequency; f(x) a function  g a gradient  h a step
   i, k, n count  p a density or probability  r height of an autocorrelation  v a variance
   y the target  z latents before they are standardised  E[.] a mean
-  Used in one place: c, u chapter 2; H, q, phi, l0 to l2 in dpmpp_3m_sde; m, V in
-  frechet_distance; s a singular value, in VPDiffusion its offset; S a spectrogram.
+  Explained in place: c, u, H, q, phi, l0, m, V, s, S.
 
 The chapters
   0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
@@ -123,11 +122,11 @@ def toy(steps=3000, seed=0):
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
 #     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
 #
-# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient is
+# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient in x_t is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
-# Each (x_0, noise) is a path. What density enters and leaves a place depends on the mean velocity
-# there alone. So points that follow it have, at every t, the density of x_t ([1] th. 3.3): what
+# Each (x_0, noise) is a path. How much density flows through a place depends only on the mean
+# velocity there. So points that follow it have, at every t, the density of x_t ([1] th. 3.3): what
 # starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
@@ -137,7 +136,7 @@ def toy(steps=3000, seed=0):
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
 #     VPDiffusion    cos(angle)  sin(angle)  alpha noise - sigma x_0     0 to 1   1
-#     EDM            1           t           (x_0 - c_skip x_t) / c_out  0 to 80  1
+#     EDM (below)    1           t           (x_0 - c_skip x_t) / c_out  0 to 80  1
 #
 # Try: `python -c "from minidiff import *; print(EDM().loss(lambda x, t: 0*x, torch.ones(99, 99)))"`
 # and with RectifiedFlow(): the table's losses.
@@ -199,8 +198,7 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """Variance preserving. The target is dx_t/d(angle) ([16] appendix D); s keeps sigma above
-    0.012."""
+    """Variance preserving. The target is dx_t/d(angle) ([16] appendix D); s: sigma >= 0.012."""
     s: float = 0.008
 
     def angle(self, t):
@@ -237,7 +235,7 @@ class EDM(Objective):
     def __post_init__(self):
         self.t_max = self.sigma_max
     def alpha(self, t):
-        return t ** 0  # 1, shaped like t
+        return t ** 0  # ones like t
     def sigma(self, t):
         return t
     def preconditioning(self, sigma):
@@ -313,12 +311,13 @@ class GuidedNet:
 #
 # A sampler follows dx/dt = velocity(x, t) down a list of times to 0. Euler's rule asks the network
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
-# fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and, if eta = 0, 1/8 of
-# the error. With eta = 1 the third also adds fresh noise. Noise of variance v spreads a density as
-# moving its points by -v/2 times the score would. To undo this, the third moves them by v/2 times
-# the score: x_t keeps its density ([17] eq. 13), and early errors fade.
+# fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
 #
-# Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step lands near
+# The third also adds fresh noise, unless eta = 0: early errors fade, but 1/8 no longer holds. To
+# add noise of variance v changes a density just as to move its points by -v/2 times the score. So
+# the third moves them by v/2 times the score too: x_t keeps its density ([17] eq. 13).
+#
+# Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
 # the mean of all notes, a blur of pitches; thirty on one note.
 
 def linear_times(steps, start=1.0):
@@ -355,16 +354,16 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
-    (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. So a step h leads to
+    (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. (1 is the velocity; eta,
+    half this variance times the score (x_0^ - x) / sigma^2.) So a step h leads to
 
         exp(-H) x + the integral of H exp(H (q - 1)) x_0^ dq,  H = (1 + eta) h,
 
     over the share q of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
     at its end. x_0^ is the parabola newest + q h slope + (q h)^2 / 2 bend through the last three
-    (fewer at first, where x_0^ hardly moves). So newest, h slope, h^2 bend are weighted by
-    phi_k = the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! dq, k = 1, 2, 3. By parts,
-    phi_(k+1) = 1/k! - phi_k / H.
-    denoise: (x, sigma) -> x_0^.  sigmas: best even in lambda.  Lifts out with: standard_normal."""
+    (fewer at first), drawn on. So newest, h slope, h^2 bend are weighted by phi_k = the integral of
+    H exp(H (q - 1)) q^(k-1) / (k-1)! dq, k = 1, 2, 3. By parts, phi_(k+1) = 1/k! - phi_k / H.
+    denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
         newest = denoise(x, x.new_full((len(x),), sigma))
@@ -417,7 +416,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # All objectives step at the noise levels of rectified flow's even t.
+        # Even t in rectified flow; the others step at the same sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -453,10 +452,10 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 # and doubles it back; skip connections carry the detail. `UNet1d` [8] adds to `TutorialUNet`:
 #
 #     time       scales and shifts the features in every block
-#     residuals  x + f(x), so that gradients pass unchanged
+#     residuals  x + f(x): gradients pass
 #     norm       of each frame: features have size 1 at any noise
-#     attention  from each frame to all others, at coarse levels, where it costs little
-#     position   near t = 1 nothing in x_t tells the start of a note from its end
+#     attention  from each frame to all others, where frames are few
+#     position   near t = 1 nothing in x_t tells a note's start from its end
 #
 # Try: `python minidiff.py sample --pitch 60 --seconds 3`. Frames past the one second learnt share a
 # position: the note stops fading.
@@ -529,7 +528,7 @@ class UNet1d(nn.Module):
         self.width = width
         self.controls = controls
         self.window = window
-        widths = [width * times for times in (1, *multipliers)]
+        widths = [width * n for n in (1, *multipliers)]
         wide = 2 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, wide), nn.SiLU(), nn.Linear(wide, wide))
         self.tables = nn.ModuleList(nn.Embedding(size + 1, wide) for size in label_sizes)
@@ -583,7 +582,7 @@ class UNet1d(nn.Module):
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # silence, for an FFT joins the ends
+    seconds = math.ceil(1.1 * T / from_rate)  # silence: an FFT joins the ends
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -642,7 +641,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Longer inverse, finer delays.
+        # Zeros above the spectrum interpolate.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     # The window's own correlation falls: divide it out.
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
@@ -714,7 +713,7 @@ class SnakeVAE(nn.Module):
     def __init__(self, sample_rate, channels=16, strides=(16, 4, 4), width=64, dilations=(1, 3)):
         super().__init__()
         self.sample_rate = sample_rate
-        self.channels = channels + 1
+        self.channels = channels + 1  # and the level
         self.hop = math.prod(strides)
         widths = [1] + [width * 2 ** i for i in range(len(strides))]
         encoder = []
@@ -722,7 +721,7 @@ class SnakeVAE(nn.Module):
         for stride, (D, D_out) in zip(strides, pairwise(widths)):
             shape = 2 * stride, stride, (stride + 1) // 2  # and padding: T -> T / stride
             encoder += [nn.Conv1d(D, D_out, *shape), ResidualUnit(D_out, 1), Snake(D_out)]
-            decoder = [*(ResidualUnit(D_out, dilation) for dilation in dilations), Snake(D_out),
+            decoder = [*(ResidualUnit(D_out, n) for n in dilations), Snake(D_out),
                        nn.ConvTranspose1d(D_out, D, *shape, output_padding=stride % 2)] + decoder
         wide = widths[-1]
         encoder.insert(-1, Recurrent(wide, wide // 2, bidirectional=True))
@@ -741,7 +740,7 @@ class SnakeVAE(nn.Module):
         return F.interpolate(curve[:, None], scale_factor=self.hop, mode="linear")[:, 0]
     def levelled(self, audio):
         """Audio [B, T] over its level [B, L], the RMS of 15 hops, but at least 0.03 of the highest:
-        ends of notes rise by up to 30 dB, silence stays silent."""
+        note ends rise by 30 dB at most, silence stays silent."""
         power = F.avg_pool1d(audio.square(), self.hop, ceil_mode=True)
         level = F.avg_pool1d(power, 15, 1, 7, count_include_pad=False).sqrt()
         level = level.maximum(0.03 * level.amax(1, keepdim=True)).clamp_min(1e-5)
@@ -751,22 +750,22 @@ class SnakeVAE(nn.Module):
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
         audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # drops its own level
-        # Errors of a diffusion model change from frame to frame: the mean of 5 errs less.
+        # A diffusion model errs from frame to frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
 def kl_divergence(mean, log_variance):
-    """This chapter's KL in nats, mean over all values ([12] appendix B)."""
+    """In nats, mean over all values ([12] appendix B)."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
 # ---
 # 7. What the VAE is trained on: when are two sounds the same?
 #
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
-# magnitudes of a spectrogram forget the phase, so we compare these. Alone they leave it open: RMS
-# error and L1, the mean |error|, settle it. Where several sounds fit, the decoder plays their dull
-# average. A discriminator, the judge, learns to hear this (--adversarial-from), the decoder to
-# avoid it.
+# magnitudes of a spectrogram forget the phase, so we compare these. As they leave the phase open,
+# RMS error and L1, the mean |error|, settle it. Where several sounds fit, the decoder plays their
+# dull average. A discriminator, the judge, learns to hear dullness (--adversarial-from), the
+# decoder to avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
 # by its running mean norm <|g_i|>, so that weights set the shares:
@@ -802,7 +801,7 @@ class STFTDiscriminator(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, 1, 1)
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
-        # Keep the phase, take the root of the magnitude: partials differ a thousandfold.
+        # Keep the phase, take the root of the magnitude: harmonics vary a lot.
         maps = [x * (x.square().sum(1, keepdim=True) + 1e-7) ** -0.25]
         for layer in self.layers:
             maps.append(F.leaky_relu(layer(maps[-1]), 0.1))
@@ -813,7 +812,7 @@ def hinge_discriminator_loss(real, fake):
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 def hinge_generator_loss(fake):
-    """[11] has relu(1 - fake), flat above 1."""
+    """[11] has relu(1 - fake): no gradient above 1."""
     return -fake.mean()
 
 def feature_matching_loss(real, fake):
@@ -823,14 +822,14 @@ def feature_matching_loss(real, fake):
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
-    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. `free` losses (the KL)
-    do not depend on the output."""
+    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses beside the
+    output (the KL)."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # means of |g_i|; of 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -841,7 +840,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # undoes the start at 0
+            mean = running[0] / running[1]  # of |g_i|, of 1: undoes the start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1053,12 +1052,12 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
-# the next step needs: on a CPU, with the same --steps, a resumed training ends with the
-# same bits. With torchrun, each GPU draws a part of the batch.
+# the next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits
+# as one unbroken. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# Training noise levels sigma/alpha of rf, edm: exp(0.5 + 1.3 noise). edm starts at 20: fewer steps.
+# rf and edm are trained at noise levels sigma/alpha of exp(0.5 + 1.3 noise).
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1074,9 +1073,9 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Even out the singular values of a matrix: 0.006 to 1 of its norm become 0.2 to 2 [21]."""
+    """Even out a matrix's singular values: from 0.006 to 1 of its norm, to 0.2 to 2 [21]."""
     x = x / x.norm().clamp_min(1e-12)
-    # On a singular value s: first s + third s^3 + fifth s^5.
+    # On each singular value, these sums act as on a number.
     for first, third, fifth in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
         x = first * x + (third * square + fifth * square @ square) @ x
@@ -1337,8 +1336,7 @@ def write_sounds(folder, sounds, rate):
     with open(folder / "index.html", "a") as page:
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
-                       "<p>real: held out; codec: through the codec. Dark is loud, "
-                       "the top is 3000 Hz.</p>\n")
+                       "<p>Dark is loud, the top 3000 Hz; codec: real through it.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
