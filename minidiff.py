@@ -20,7 +20,7 @@ The alphabet
   a, b two sets or halves  d dx/dt  f a frequency; f(x) a function  g a gradient  h a step
   i, k, n count  p a density or probability  r height of an autocorrelation  v a variance
   y the target  z latents before they are standardised  E[.] a mean
-  Explained in place: c, u, H, q, phi, l0, m, V, s, S.
+  Explained in place: c, u, H, phi, m, V, s.
 
 The chapters
   0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
@@ -125,7 +125,7 @@ def toy(steps=3000, seed=0):
 # The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient in x_t is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
-# Each (x_0, noise) is a path. How much density flows through a place depends only on the mean
+# Each (x_0, noise) draws a path. How much density flows through a place depends only on the mean
 # velocity there. So points that follow it have, at every t, the density of x_t ([1] th. 3.3): what
 # starts as noise arrives distributed as the data.
 #
@@ -198,7 +198,8 @@ class RectifiedFlow(Objective):
 
 @dataclass
 class VPDiffusion(Objective):
-    """Variance preserving. The target is dx_t/d(angle) ([16] appendix D); s: sigma >= 0.012."""
+    """Variance preserving. The target is dx_t/d(angle) ([16] appendix D). s keeps sigma above
+    0.012."""
     s: float = 0.008
 
     def angle(self, t):
@@ -273,8 +274,8 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
 # weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
-# fit the condition better but are more alike, and the answers' deviation grows, which
-# `rescale` undoes [5].
+# fit the condition better but are more alike, and the answers' deviation grows. GuidedNet's
+# `rescale` undoes this [5].
 #
 # Try: `python minidiff.py sample --pitch 60 --count 3 --cfg 8`. You hear 60, too soft or loud:
 # guidance drives all channels too far, and one is the level (chapter 6).
@@ -313,9 +314,10 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
 #
-# The third also adds fresh noise, unless eta = 0: early errors fade, but 1/8 no longer holds. To
-# add noise of variance v changes a density just as to move its points by -v/2 times the score. So
-# the third moves them by v/2 times the score too: x_t keeps its density ([17] eq. 13).
+# The third also adds fresh noise, unless eta = 0: early errors fade, but 1/8 no longer holds. A
+# little noise, of variance v, changes a density p as moving its points by -v/2 times the score p'/p
+# does: both add v/2 p''. So the third makes up for its noise by moves of v/2 times the score: x_t
+# keeps its density ([17] eq. 13).
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
 # the mean of all notes, a blur of pitches; thirty on one note.
@@ -353,16 +355,12 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda =
-    (1 + eta) (x_0^ - x), plus noise of variance 2 eta sigma^2 per lambda. (1 is the velocity; eta,
-    half this variance times the score (x_0^ - x) / sigma^2.) So a step h leads to
-
-        exp(-H) x + the integral of H exp(H (q - 1)) x_0^ dq,  H = (1 + eta) h,
-
-    over the share q of the step, 0 to 1, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma
-    at its end. x_0^ is the parabola newest + q h slope + (q h)^2 / 2 bend through the last three
-    (fewer at first), drawn on. So newest, h slope, h^2 bend are weighted by phi_k = the integral of
-    H exp(H (q - 1)) q^(k-1) / (k-1)! dq, k = 1, 2, 3. By parts, phi_(k+1) = 1/k! - phi_k / H.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. If
+    x_0^ stood still, a step would lead to exp(-H) x + (1 - exp(-H)) x_0^, H = (1 + eta) h, plus
+    noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at its end. But x_0^ moves as the parabola
+    through the last three tells (fewer at first, where it hardly moves). Its derivatives in lambda,
+    slope and bend, add h phi_2 slope + h^2 phi_3 bend. Weights, by parts: phi_1 = 1 - exp(-H),
+    phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -370,7 +368,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
         if sigma_next == 0:
             return newest
         past = [(-math.log(sigma), newest)] + past[:2]
-        slope = bend = 0  # derivatives of x_0^
+        slope = bend = 0
         if len(past) > 1:
             (l0, _), (l1, old) = past[:2]
             slope = (newest - old) / (l0 - l1)
@@ -416,7 +414,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # Even t in rectified flow; the others step at the same sigma/alpha.
+        # Even t in rectified flow; the others step at its sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -739,8 +737,8 @@ class SnakeVAE(nn.Module):
         """By linear interpolation: [B, L] -> [B, L * hop]."""
         return F.interpolate(curve[:, None], scale_factor=self.hop, mode="linear")[:, 0]
     def levelled(self, audio):
-        """Audio [B, T] over its level [B, L], the RMS of 15 hops, but at least 0.03 of the highest:
-        note ends rise by 30 dB at most, silence stays silent."""
+        """Audio [B, T] divided by its level [B, L], the RMS of 15 hops, but at least 0.03 of the
+        highest: a note's end is lifted by 30 dB at most, silence stays silent."""
         power = F.avg_pool1d(audio.square(), self.hop, ceil_mode=True)
         level = F.avg_pool1d(power, 15, 1, 7, count_include_pad=False).sqrt()
         level = level.maximum(0.03 * level.amax(1, keepdim=True)).clamp_min(1e-5)
@@ -1034,7 +1032,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # Plucks: 5 a pitch
+    pairs = max(1, min(185, len(held) // 2))  # neighbours; Plucks: 5 a pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1057,7 +1055,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# rf and edm are trained at noise levels sigma/alpha of exp(0.5 + 1.3 noise).
+# rf and edm are trained at sigma/alpha = exp(0.5 + 1.3 noise); edm starts from 20, not 80.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1073,17 +1071,17 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Even out a matrix's singular values: from 0.006 to 1 of its norm, to 0.2 to 2 [21]."""
+    """Even out singular values: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
     x = x / x.norm().clamp_min(1e-12)
-    # On each singular value, these sums act as on a number.
+    # Each singular value s becomes first s + third s^3 + fifth s^5.
     for first, third, fifth in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
         x = first * x + (third * square + fifth * square @ square) @ x
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam without weight decay, but convolutions' kernels step along the moving average of their
-    gradients, orthogonalised ([20] section 2), by 0.2 lr (RMS)."""
+    """Adam without weight decay, except for convolutions' kernels. These step along the moving
+    average of their gradients, orthogonalised, by 0.2 lr in RMS ([20] section 2)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
@@ -1094,7 +1092,7 @@ class Muon(torch.optim.Adam):
                 self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
             g = kernel.grad
             mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
-            rows = g.lerp(mean, 0.95).flatten(1)  # one step on (Nesterov)
+            rows = g.lerp(mean, 0.95).flatten(1)  # g counts once more (Nesterov)
             size = 0.2 * self.param_groups[0]["lr"] * max(rows.shape) ** 0.5
             kernel -= size * orthogonalise(rows).view_as(kernel)  # its RMS: max(shape)^-1/2
             kernel.grad = None  # Adam skips it
@@ -1317,17 +1315,17 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     for kind in ("real", "codec"):
         result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
     (run.folder / "evaluation.json").write_text(json.dumps(result, indent=1))
-    firsts = zip(("real", "codec", "generated"), kinds.values())
+    firsts = zip(("real", "codec", "generated"), kinds.values())  # of the first w
     return result, {f"{kind}_{i}": sound for kind, (_, audio) in firsts
                     for i, sound in enumerate(audio[:4])}
 
 def save_spectrogram(path, audio, rate, columns=320, top=3000):
     """A BMP, header and pixels, of audio [T]: 0 to `top` Hz, white 80 dB below the loudest."""
     size = 2 ** round(math.log2(rate / 16))
-    S = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
-    decibels = 20 * (S / S.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
+    rows = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
+    decibels = 20 * (rows / rows.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
     pixels = (decibels * -255 / 80).byte().repeat_interleave(3, dim=1).numpy().tobytes()
-    head = struct.pack("<2s6I2H24x", b"BM", 54 + len(pixels), 0, 54, 40, columns, len(S), 1, 24)
+    head = struct.pack("<2s6I2H24x", b"BM", 54 + len(pixels), 0, 54, 40, columns, len(rows), 1, 24)
     path.write_bytes(head + pixels)
 
 def write_sounds(folder, sounds, rate):
@@ -1444,7 +1442,7 @@ def train_run(args, argv):
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
-    args = build_parser(**saved).parse_args(argv)
+    args = build_parser(**saved).parse_args(argv)  # what is not given is as saved
     args.codec = args.codec or ("vae" if args.data in BUILT_IN else "music2latent")
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
         if name in saved and getattr(args, name) != saved[name]:
