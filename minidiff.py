@@ -20,7 +20,7 @@ The alphabet
   a, b two sets or halves  d dx/dt  f a frequency; f(x) a function  g a gradient  h a step
   i, k, n count  p a density or probability  r height of an autocorrelation  v a variance
   y the target  z latents before they are standardised  E[.] a mean
-  Explained in place: c, u, H, phi, m, V, s.
+  Explained in place: c, u, H, phi, q, m, V, s.
 
 The chapters
   0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
@@ -59,10 +59,10 @@ from torch.utils.data import DataLoader, Dataset
 # ---
 # 0. The whole idea
 #
-# We have examples x_0 and want more. Mix one with noise, x_t = (1 - t) x_0 + t noise, and let a
-# network predict, from x_t and t, the direction x_0 - noise. Many such lines pass through one
-# point: there it learns their mean direction. For a new example, start at fresh noise and follow
-# the network in small straight steps, Euler's rule, from t = 1 to t = 0 [1].
+# We have examples x_0 and want more. Draw a line from one to noise, x_t = (1 - t) x_0 + t noise,
+# and let a network predict, from x_t and t, its direction x_0 - noise. Many such lines pass through
+# one point: there it learns their mean direction. For a new example, start at fresh noise and
+# follow the network in small straight steps, Euler's rule, from t = 1 to t = 0 [1].
 #
 # Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
@@ -224,10 +224,10 @@ class VPDiffusion(Objective):
 
 @dataclass
 class EDM(Objective):
-    """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7); t is the noise level. For data
-    of deviation sigma_data, c_in and c_out give input and target variance 1; c_noise is the net's
-    time. c_out, the deviation of x_0 - c_skip x_t, scales the net's error: c_skip is the factor
-    that makes c_out smallest ([3] B.6)."""
+    """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7); t is the noise level, c_noise
+    the net's time. For data of deviation sigma_data, c_in and c_out bring input and target to
+    variance 1. c_out, the deviation of x_0 - c_skip x_t, scales the net's error; c_skip makes it
+    smallest ([3] B.6)."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -355,12 +355,13 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. If
-    x_0^ stood still, a step would lead to exp(-H) x + (1 - exp(-H)) x_0^, H = (1 + eta) h, plus
-    noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at its end. But x_0^ moves as the parabola
-    through the last three tells (fewer at first, where it hardly moves). Its derivatives in lambda,
-    slope and bend, add h phi_2 slope + h^2 phi_3 bend. Weights, by parts: phi_1 = 1 - exp(-H),
-    phi_(k+1) = 1/k! - phi_k / H.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. Here
+    dx/dlambda = (1 + eta) (x_0^ - x): 1 for the velocity, eta to make up for the noise. A
+    constant x_0^ would lead to exp(-H) x + (1 - exp(-H)) x_0^, H = (1 + eta) h, plus noise of
+    variance sigma^2 (1 - exp(-2 eta h)), sigma at its end. But x_0^ moves: we extend the parabola
+    through the last three (fewer at first, where it hardly moves). Its derivatives slope and bend
+    add h phi_2 slope + h^2 phi_3 bend. phi_k is the integral of H exp(H (q - 1)) q^(k-1) / (k-1)!
+    over q from 0 to 1; by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -414,7 +415,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # Even t in rectified flow; the others step at its sigma/alpha.
+        # Even t in rectified flow; the others use times of the same sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -550,8 +551,7 @@ class UNet1d(nn.Module):
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
         # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns per unit.
-        waves = [wave(math.tau * 2 ** k * controls) for k in range(4)
-                 for wave in (torch.sin, torch.cos)]
+        waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
         frame = torch.arange(x.shape[2], device=x.device).clamp(max=self.window - 1)
@@ -762,7 +762,7 @@ def kl_divergence(mean, log_variance):
 # Shift a tone by half a period: it sounds the same, but the squared error is largest. The
 # magnitudes of a spectrogram forget the phase, so we compare these. As they leave the phase open,
 # RMS error and L1, the mean |error|, settle it. Where several sounds fit, the decoder plays their
-# dull average. A discriminator, the judge, learns to hear dullness (--adversarial-from), the
+# dull average. With --adversarial-from, a discriminator, the judge, learns to hear dullness, the
 # decoder to avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
@@ -850,8 +850,8 @@ class LossBalancer(nn.Module):
 #
 # data[i] is a sound [T], data.labels[i] its pitch, MIDI velocity and instrument (source),
 # data.valid[i] whether it is held out. Each sound is encoded once, and standardised: else noise of
-# variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves instead of
-# labels: the loudness and pitch of each frame.
+# variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves, not
+# labels: loudness and pitch of each frame.
 #
 # Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
 # hear a phrase.
@@ -1032,7 +1032,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # neighbours; Plucks: 5 a pitch
+    pairs = max(1, min(185, len(held) // 2))  # alternate: 5 a pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1073,22 +1073,22 @@ def warm_average(averages, weights, count):
 def orthogonalise(x):
     """Even out singular values: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
     x = x / x.norm().clamp_min(1e-12)
-    # Each singular value s becomes first s + third s^3 + fifth s^5.
-    for first, third, fifth in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
+    # Each singular value s becomes c1 s + c3 s^3 + c5 s^5.
+    for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
-        x = first * x + (third * square + fifth * square @ square) @ x
+        x = c1 * x + (c3 * square + c5 * square @ square) @ x
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam without weight decay, except for convolutions' kernels. These step along the moving
-    average of their gradients, orthogonalised, by 0.2 lr in RMS ([20] section 2)."""
+    """Adam, but kernels of convolutions step along the moving average of their gradients,
+    orthogonalised, by 0.2 lr in RMS ([20] section 2)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
     @torch.no_grad()
     def step(self):
         for kernel in self.kernels:
-            if kernel not in self.state:  # for Adam's state_dict
+            if kernel not in self.state:  # as Adam's; step unused
                 self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
             g = kernel.grad
             mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
@@ -1320,7 +1320,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
                     for i, sound in enumerate(audio[:4])}
 
 def save_spectrogram(path, audio, rate, columns=320, top=3000):
-    """A BMP, header and pixels, of audio [T]: 0 to `top` Hz, white 80 dB below the loudest."""
+    """A BMP of audio [T]: 0 to `top` Hz, white 80 dB below the loudest."""
     size = 2 ** round(math.log2(rate / 16))
     rows = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
     decibels = 20 * (rows / rows.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
@@ -1350,7 +1350,8 @@ def write_sounds(folder, sounds, rate):
 # ---
 # 11. The command line
 #
-# A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder.
+# A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder. Python
+# sets what no option does: a velocity, `keep`, `rescale`.
 #
 # Try: `python minidiff.py sample --pitch 60 --count 4 --cfg 0`. w = 0 ignores the pitch.
 
