@@ -17,9 +17,9 @@ The alphabet
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
-  a, b two sets or halves  d dx/dt  f a frequency; f(x) a function  g a gradient  h a step
-  i, k, n count  p a density or probability  r height of an autocorrelation  v a variance
-  y the target  z latents before they are standardised  E[.] a mean
+  a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
+  i, k, n: counts  p: density or probability  r: height of an autocorrelation  v: variance
+  y: target  z: latents before they are standardised  E[.]: mean
   Explained in place: c, u, H, phi, q, m, V, s.
 
 The chapters
@@ -130,8 +130,8 @@ def toy(steps=3000, seed=0):
 # starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Loss: of a net that answers 0, for
-# data of mean square 1.
+# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. The loss is that of a net that
+# answers 0, for data of mean square 1.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -147,7 +147,7 @@ def expand(t, x):
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 def standard_normal(shape, generator=None):
-    """Normal(0, 1) from the CPU for any device. A list: one per item."""
+    """Normal(0, 1) from the CPU for any device. A list of generators: one per item."""
     if isinstance(generator, list):
         return torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
     return torch.randn(shape, generator=generator)
@@ -177,7 +177,8 @@ class Objective:
 
 @dataclass
 class RectifiedFlow(Objective):
-    """Straight paths [1]; training times favour the hard middle ([2] section 3.1)."""
+    """Straight paths [1]. In training, ln(sigma/alpha) has mean p_mean and deviation p_std: the
+    middle is hard ([2] section 3.1)."""
     p_mean: float = 0.0
     p_std: float = 1.0
 
@@ -267,9 +268,9 @@ class EDM(Objective):
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
 # p(x | condition) and p(x), x at any t. By Bayes, their ratio is proportional to p(condition | x).
-# To get more of the condition, raise it to a power w:
+# To get more of the condition, raise it to a power w. p_w(x) shall be proportional to
 #
-#     p_w(x)  ~  p(x) p(condition | x)^w  ~  p(x)^(1 - w) p(x | condition)^w   (~: proportional).
+#     p(x) p(condition | x)^w,  that is to  p(x)^(1 - w) p(x | condition)^w.
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
@@ -315,9 +316,9 @@ class GuidedNet:
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
 #
 # The third also adds fresh noise, unless eta = 0: early errors fade, but 1/8 no longer holds. A
-# little noise, of variance v, changes a density p as moving its points by -v/2 times the score p'/p
-# does: both add v/2 p''. So the third makes up for its noise by moves of v/2 times the score: x_t
-# keeps its density ([17] eq. 13).
+# small move by delta(x) adds -(delta p)' to a density p, noise of variance v adds v/2 p''. As the
+# score is p'/p, to move by -v/2 score does the same as noise. So the third makes up for its noise
+# by moves of v/2 score: x_t keeps its density ([17] eq. 13).
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
 # the mean of all notes, a blur of pitches; thirty on one note.
@@ -356,12 +357,12 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. Here
-    dx/dlambda = (1 + eta) (x_0^ - x): 1 for the velocity, eta to make up for the noise. A
-    constant x_0^ would lead to exp(-H) x + (1 - exp(-H)) x_0^, H = (1 + eta) h, plus noise of
-    variance sigma^2 (1 - exp(-2 eta h)), sigma at its end. But x_0^ moves: we extend the parabola
+    dx/dlambda = (1 + eta) (x_0^ - x): 1 for the velocity, eta to make up for the noise. Let
+    H = (1 + eta) h. A constant x_0^ leads to exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance
+    sigma^2 (1 - exp(-2 eta h)), sigma at the step's end. But x_0^ moves: we extend the parabola
     through the last three (fewer at first, where it hardly moves). Its derivatives slope and bend
     add h phi_2 slope + h^2 phi_3 bend. phi_k is the integral of H exp(H (q - 1)) q^(k-1) / (k-1)!
-    over q from 0 to 1; by parts, phi_(k+1) = 1/k! - phi_k / H.
+    over the share q of the step, 0 to 1; by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -628,9 +629,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, by hop of [B, T]. low: least pitch.
-    finer: delays per sample. Two periods peak as high as one: to prefer the shorter delay, a peak
-    loses 0.04 per octave of delay. Lifts out with: envelope."""
+    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, for hops of [B, T]. low: least
+    pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter delay, a
+    peak loses 0.04 per octave of delay. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100
     width = 4 * longest // finer  # four longest periods
@@ -673,8 +674,8 @@ def note_pitch(track):
 #
 #     KL(Normal(mean, variance) || Normal(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# a gap between them, 0 if equal. It keeps variances from 0, so neighbouring latents overlap: what a
-# diffusion model can hit, the decoder can play.
+# a gap between them, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and
+# holes close.
 #
 # Recorded notes differ a hundredfold in level, and each dies away. So a sound is divided by its
 # smooth level, which travels as channel 17.
@@ -726,7 +727,7 @@ class SnakeVAE(nn.Module):
         decoder.insert(0, Recurrent(wide, wide // 2, bidirectional=True))
         self.encoder = nn.Sequential(*encoder, nn.Conv1d(wide, 2 * channels, 3, 1, 1))
         self.decoder = nn.Sequential(nn.Conv1d(channels, wide, 3, 1, 1), *decoder)
-        # Little noise at first: a decoder that hears only noise ignores the latents.
+        # Little noise at first, or the decoder ignores the latents.
         nn.init.constant_(self.encoder[-1].bias[channels:], -8.0)
     def posterior(self, audio):
         """Levelled audio [B, T] -> mean, log_variance, [B, C - 1, L] each."""
@@ -748,7 +749,7 @@ class SnakeVAE(nn.Module):
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
         audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # drops its own level
-        # A diffusion model errs from frame to frame: the mean of 5 errs less.
+        # Errors differ from frame to frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
@@ -838,7 +839,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # of |g_i|, of 1: undoes the start at 0
+            mean = running[0] / running[1]  # as Adam's: undoes the start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1048,14 +1049,14 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # The gradient of a weight matrix has a few large singular values and many small ones: a step along
 # it moves few directions. Adam evens out single weights, Muon [20] the singular values.
 #
-# A batch's gradient is noisy, so weights rattle about the best ones. They settle as the learning
+# A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
 # the next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits
 # as one unbroken. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# rf and edm are trained at sigma/alpha = exp(0.5 + 1.3 noise); edm starts from 20, not 80.
+# Chosen by trial. edm starts from 20, not 80.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1351,7 +1352,7 @@ def write_sounds(folder, sounds, rate):
 # 11. The command line
 #
 # A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder. Python
-# sets what no option does: a velocity, `keep`, `rescale`.
+# sets what no option does: a MIDI velocity, `keep`, `rescale`.
 #
 # Try: `python minidiff.py sample --pitch 60 --count 4 --cfg 0`. w = 0 ignores the pitch.
 
@@ -1443,7 +1444,7 @@ def train_run(args, argv):
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
-    args = build_parser(**saved).parse_args(argv)  # what is not given is as saved
+    args = build_parser(**saved).parse_args(argv)  # defaults as saved
     args.codec = args.codec or ("vae" if args.data in BUILT_IN else "music2latent")
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
         if name in saved and getattr(args, name) != saved[name]:
@@ -1483,7 +1484,7 @@ def sample_run(args):
     rate = run.codec.sample_rate / run.codec.hop  # frames a second
     if (args.pitch and condition != "note") or (args.melody and condition != "control"):
         raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
-    if args.melody and args.init_audio or args.init_noise is not None and not args.init_audio:
+    if args.init_audio and args.melody or args.init_noise is not None and not args.init_audio:
         raise ValueError("--init-noise needs --init-audio, which goes without --melody")
     pitches = [pitch for pitch in args.pitch or [-1] for _ in range(args.count)]
     frames = math.ceil(args.seconds * rate) if args.seconds else learnt
