@@ -115,14 +115,15 @@ def toy(steps=3000, seed=0):
 #
 #     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. The answer and
-# x_t = alpha x_0^ + sigma noise^ are two equations, which give both. With ' for d/dt:
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means (a hat; elsewhere
+# ^ is a power). x_t is its own mean, alpha x_0^ + sigma noise^. This and the answer are two
+# equations, which give both. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
 #     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
 #
-# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0), whose gradient in x_t is
+# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0). The normal's gradient in x_t is
 # p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
 #
 # Each (x_0, noise) draws a path. How much density flows through a place depends only on the mean
@@ -227,8 +228,8 @@ class VPDiffusion(Objective):
 class EDM(Objective):
     """x_0^ = c_skip x_t + c_out net(c_in x_t, c_noise) ([3] eq. 7); t is the noise level, c_noise
     the net's time. For data of deviation sigma_data, c_in and c_out bring input and target to
-    variance 1. c_out, the deviation of x_0 - c_skip x_t, scales the net's error; c_skip makes it
-    smallest ([3] B.6)."""
+    variance 1. c_out, the deviation of x_0 - c_skip x_t, scales the net's error; c_skip makes
+    c_out smallest ([3] B.6)."""
     sigma_data: float = 1.0
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -270,7 +271,7 @@ class EDM(Objective):
 # p(x | condition) and p(x), x at any t. By Bayes, their ratio is proportional to p(condition | x).
 # To get more of the condition, raise it to a power w. p_w(x) shall be proportional to
 #
-#     p(x) p(condition | x)^w,  that is to  p(x)^(1 - w) p(x | condition)^w.
+#     p(x) p(condition | x)^w,  that is,  p(x)^(1 - w) p(x | condition)^w.
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
@@ -315,10 +316,8 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
 #
-# The third also adds fresh noise, unless eta = 0: early errors fade, but 1/8 no longer holds. A
-# small move by delta(x) adds -(delta p)' to a density p, noise of variance v adds v/2 p''. As the
-# score is p'/p, to move by -v/2 score does the same as noise. So the third makes up for its noise
-# by moves of v/2 score: x_t keeps its density ([17] eq. 13).
+# Unless its eta is 0, the third also adds fresh noise and makes up for it by a longer move towards
+# x_0^: x_t keeps its density ([17] eq. 13), and early errors fade. Then 1/8 no longer holds.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
 # the mean of all notes, a blur of pitches; thirty on one note.
@@ -356,14 +355,13 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. Here
-    dx/dlambda = (1 + eta) (x_0^ - x): 1 for the velocity, eta to make up for the noise. Let
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. Let
     H = (1 + eta) h. A constant x_0^ leads to exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance
     sigma^2 (1 - exp(-2 eta h)), sigma at the step's end. But x_0^ moves: we extend the parabola
-    through the last three (fewer at first, where it hardly moves). Its derivatives slope and bend
-    add h phi_2 slope + h^2 phi_3 bend. phi_k is the integral of H exp(H (q - 1)) q^(k-1) / (k-1)!
-    over the share q of the step, 0 to 1; by parts, phi_(k+1) = 1/k! - phi_k / H.
-    denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
+    through the last three (fewer at first, where it hardly moves). Its derivatives in lambda, slope
+    and bend, add h phi_2 slope + h^2 phi_3 bend, with the weights phi_1 = 1 - exp(-H) and
+    phi_(k+1) = 1/k! - phi_k / H ([6]; a test sees the order).
+    denoise: (x, sigma) -> x_0^.  eta: 0 adds no noise.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
         newest = denoise(x, x.new_full((len(x),), sigma))
@@ -472,7 +470,7 @@ class TutorialUNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose1d(D_out, D, 4, 2, 1) for D, D_out in pairs[::-1])
         self.exit = nn.Conv1d(channels, channels, 1)
     def forward(self, x, t):
-        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]
+        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple
         for conv in self.down:
             skips.append(F.relu(conv(skips[-1])))
         L = x.shape[2]
@@ -581,7 +579,7 @@ class UNet1d(nn.Module):
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # silence: an FFT joins the ends
+    seconds = math.ceil(1.1 * T / from_rate)  # padding: an FFT joins the ends
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -629,9 +627,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Pitch (0 if r <= 0.5) and r (0 in silence), [B, L] each, for hops of [B, T]. low: least
-    pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter delay, a
-    peak loses 0.04 per octave of delay. Lifts out with: envelope."""
+    """Pitch (0 if r <= 0.5) and the highest r (0 in silence), [B, L] each, for hops of [B, T]. low:
+    least pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter
+    delay, a peak loses 0.04 per octave of delay. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100
     width = 4 * longest // finer  # four longest periods
@@ -718,7 +716,7 @@ class SnakeVAE(nn.Module):
         encoder = []
         decoder = []
         for stride, (D, D_out) in zip(strides, pairwise(widths)):
-            shape = 2 * stride, stride, (stride + 1) // 2  # and padding: T -> T / stride
+            shape = 2 * stride, stride, (stride + 1) // 2  # kernel, stride, padding
             encoder += [nn.Conv1d(D, D_out, *shape), ResidualUnit(D_out, 1), Snake(D_out)]
             decoder = [*(ResidualUnit(D_out, n) for n in dilations), Snake(D_out),
                        nn.ConvTranspose1d(D_out, D, *shape, output_padding=stride % 2)] + decoder
@@ -821,8 +819,8 @@ def feature_matching_loss(real, fake):
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
-    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses beside the
-    output (the KL)."""
+    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses that pass
+    the output by (the KL)."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
@@ -1033,7 +1031,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # alternate: 5 a pitch
+    pairs = max(1, min(185, len(held) // 2))  # a and b alternate; 5 a pitch
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1050,14 +1048,15 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # it moves few directions. Adam evens out single weights, Muon [20] the singular values.
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
-# rate falls to 0; their moving average (EMA) is settled at any step. A checkpoint holds all that
+# rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all that
 # the next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits
 # as one unbroken. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
 # Chosen by trial. edm starts from 20, not 80.
-OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
+OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "vp": VPDiffusion(),
+              "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1082,7 +1081,7 @@ def orthogonalise(x):
 
 class Muon(torch.optim.Adam):
     """Adam, but kernels of convolutions step along the moving average of their gradients,
-    orthogonalised, by 0.2 lr in RMS ([20] section 2)."""
+    orthogonalised, with an RMS of 0.2 lr ([20] section 2)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
@@ -1208,7 +1207,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # ---
 # 10. Measuring: is it any good?
 #
-# As asked? Share of notes within 50 cents of their pitch. The codec's is the ceiling.
+# As asked? Share of notes within 50 cents of their pitch. The round trip's is the ceiling.
 # Like the data? Level, harmonics to noise, the codec's spectral distance. Frechet: describe
 # each sound by its channels' means and deviations; fit a normal to these, and one to those of half
 # of the held-out sounds; how far apart are they? The floor, in the real row: half to half.
@@ -1335,7 +1334,7 @@ def write_sounds(folder, sounds, rate):
     with open(folder / "index.html", "a") as page:
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
-                       "<p>Dark is loud, the top 3000 Hz; codec: real through it.</p>\n")
+                       "<p>Dark is loud, the top edge 3000 Hz; codec: real through it.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
@@ -1454,7 +1453,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(args, folder)
-    while not latents.exists():
+    while not latents.exists():  # RANK 0 makes them
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
