@@ -16,7 +16,7 @@ The alphabet
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
   w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
-  A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz, 1 is a semitone, 0.01 a cent.
+  A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
   i, k, n: counts  p: density or probability  r: height of an autocorrelation  v: variance
   y: target  z: latents before they are standardised  E[.]: mean
@@ -115,8 +115,8 @@ def toy(steps=3000, seed=0):
 #
 #     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means (a hat; elsewhere
-# ^ is a power). x_t is its own mean, alpha x_0^ + sigma noise^. This and the answer are two
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means (here ^ is
+# a hat). x_t is its own mean, alpha x_0^ + sigma noise^. This and the answer are two
 # equations, which give both. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
@@ -131,8 +131,8 @@ def toy(steps=3000, seed=0):
 # starts as noise arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. The loss is that of a net that
-# answers 0, for data of mean square 1.
+# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Column loss: of a net that answers
+# 0, for data of mean square 1. angle: about pi t / 2.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -355,13 +355,14 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise, in steps h of lambda = -ln sigma. Let
-    H = (1 + eta) h. A constant x_0^ leads to exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance
-    sigma^2 (1 - exp(-2 eta h)), sigma at the step's end. But x_0^ moves: we extend the parabola
-    through the last three (fewer at first, where it hardly moves). Its derivatives in lambda, slope
-    and bend, add h phi_2 slope + h^2 phi_3 bend, with the weights phi_1 = 1 - exp(-H) and
-    phi_(k+1) = 1/k! - phi_k / H ([6]; a test sees the order).
-    denoise: (x, sigma) -> x_0^.  eta: 0 adds no noise.  Lifts out with: standard_normal."""
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda is
+    (1 + eta) (x_0^ - x), plus noise. Let H = (1 + eta) h. If x_0^ is constant, a step h leads to
+    exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at the
+    step's end. But x_0^ moves: we extend the parabola through the last three (fewer at first, where
+    it hardly moves). Its derivatives in lambda, slope and bend, add h phi_2 slope + h^2 phi_3 bend.
+    phi_k, the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! over q from 0 to 1, is 1 - exp(-H) for
+    k = 1, and phi_(k+1) = 1/k! - phi_k / H.
+    denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
         newest = denoise(x, x.new_full((len(x),), sigma))
@@ -638,7 +639,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Zeros above the spectrum interpolate.
+        # Zeros above the spectrum: finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     # The window's own correlation falls: divide it out.
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
@@ -809,7 +810,7 @@ def hinge_discriminator_loss(real, fake):
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 def hinge_generator_loss(fake):
-    """[11] has relu(1 - fake): no gradient above 1."""
+    """Not [11]'s relu(1 - fake), which is flat above 1."""
     return -fake.mean()
 
 def feature_matching_loss(real, fake):
@@ -1031,7 +1032,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # a and b alternate; 5 a pitch
+    pairs = max(1, min(185, len(held) // 2))  # a, b alternate
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1045,7 +1046,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # 9. Training: how do we get good weights?
 #
 # The gradient of a weight matrix has a few large singular values and many small ones: a step along
-# it moves few directions. Adam evens out single weights, Muon [20] the singular values.
+# it moves few directions. Adam evens out the steps of single weights, Muon [20] singular values.
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all that
@@ -1054,7 +1055,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# Chosen by trial. edm starts from 20, not 80.
+# By trial. edm starts from 20, not 80.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "vp": VPDiffusion(),
               "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
 RANK = int(os.environ.get("RANK", 0))
@@ -1207,10 +1208,10 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # ---
 # 10. Measuring: is it any good?
 #
-# As asked? Share of notes within 50 cents of their pitch. The round trip's is the ceiling.
-# Like the data? Level, harmonics to noise, the codec's spectral distance. Frechet: describe
-# each sound by its channels' means and deviations; fit a normal to these, and one to those of half
-# of the held-out sounds; how far apart are they? The floor, in the real row: half to half.
+# As asked? We count the notes within 50 cents of their pitch. The codec's share is the ceiling.
+# Like the data? We compare level, harmonics to noise and, for the codec, spectra. Frechet: describe
+# each sound by the means and deviations of its latent channels. Fit a normal to these, and one to
+# those of half of the held-out sounds: how far apart are they? The floor is half to half.
 # New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
 # below 1 is a copy.
 #
