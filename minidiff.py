@@ -550,7 +550,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives 10: value, "is given", sine and cosine of 1, 2, 4, 8 turns per unit.
+        # A curve gives 10: value, "is given" and, to tell semitones, waves of 1 to 8 turns.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -1004,7 +1004,7 @@ def melody_curves(melody, frames_per_note, played):
     return curves
 
 def save_checkpoint(path, **state):
-    """Write tensors, numbers, text, lists, dicts."""
+    """Written whole or not at all."""
     torch.save(state, f"{path}.new")
     os.replace(f"{path}.new", path)
 
@@ -1055,7 +1055,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# By trial. edm starts from 20, not 80.
+# By trial. edm starts from 20.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "vp": VPDiffusion(),
               "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
 RANK = int(os.environ.get("RANK", 0))
@@ -1081,8 +1081,8 @@ def orthogonalise(x):
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam, but kernels of convolutions step along the moving average of their gradients,
-    orthogonalised, with an RMS of 0.2 lr ([20] section 2)."""
+    """Adam, but kernels of convolutions, as matrices, step along the moving average of their
+    gradients, orthogonalised, with an RMS of 0.2 lr ([20] section 2)."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
