@@ -26,7 +26,7 @@ The chapters
   0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
   6 The Snake VAE, 7 Its losses, 8 Data, 9 Training, 10 Measuring, 11 The command line
 
-References, cited by number (arXiv)
+References (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
    [4] Guidance       2207.12598  [5] Rescaling    2305.08891  [6] DPM-Solver++ 2211.01095
    [7] DITTO          2401.12179  [8] Diff-A-Riff  2406.08384  [9] Stable Audio 2407.14358
@@ -59,7 +59,7 @@ from torch.utils.data import DataLoader, Dataset
 # ---
 # 0. The whole idea
 #
-# We have examples x_0 and want more. Draw a line from one to noise, x_t = (1 - t) x_0 + t noise,
+# We have examples x_0 and want more. Draw a line from noise to one, x_t = (1 - t) x_0 + t noise,
 # and let a network predict, from x_t and t, its direction x_0 - noise. Many such lines pass through
 # one point: there it learns their mean direction. For a new example, start at fresh noise and
 # follow the network in small straight steps, Euler's rule, from t = 1 to t = 0 [1].
@@ -358,10 +358,10 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda is
     (1 + eta) (x_0^ - x), plus noise. Let H = (1 + eta) h. If x_0^ is constant, a step h leads to
     exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at the
-    step's end. But x_0^ moves: we extend the parabola through the last three (at first, fewer). Its
-    derivatives in lambda, slope and bend, add h phi_2 slope + h^2 phi_3 bend. phi_k, the integral
-    of H exp(H (q - 1)) q^(k-1) / (k-1)! over q from 0 to 1, is 1 - exp(-H) for k = 1, and
-    phi_(k+1) = 1/k! - phi_k / H.
+    step's end. But x_0^ moves: we extend the parabola through the last three (fewer at first, where
+    it hardly moves). Its derivatives in lambda, slope and bend, add h phi_2 slope + h^2 phi_3 bend.
+    phi_k, the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! over the share q of the step, is
+    1 - exp(-H) for k = 1, and phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -427,7 +427,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
-    data = init if start < objective.t_max else torch.zeros_like(noise)  # else noise alone
+    data = init if start < objective.t_max else torch.zeros_like(noise)  # else noise
     def keeping(x_t, t):  # what stays, noised to t
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
@@ -551,7 +551,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives 10: value, "is given" and, to tell semitones, waves of 1 to 8 turns.
+        # A curve gives 10: value, "is given" and, to tell semitones, waves of 1 to 8 turns a unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -631,7 +631,7 @@ def envelope(audio, hop):
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     """Pitch (0 if r <= 0.5) and the highest r (0 in silence), [B, L] each, for hops of [B, T]. low:
     least pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter
-    delay, a peak loses 0.04 per octave of delay. Lifts out with: envelope."""
+    delay, a peak loses 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100
     width = 4 * longest // finer  # four longest periods
@@ -828,7 +828,7 @@ class LossBalancer(nn.Module):
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running |g_i|, running 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running |g_i| and 1
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -1056,7 +1056,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# By trial. edm starts from 20.
+# edm starts from 20.
 OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "vp": VPDiffusion(),
               "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
 RANK = int(os.environ.get("RANK", 0))
