@@ -1483,12 +1483,12 @@ def sample_run(args):
     condition = settings["condition"]
     learnt = settings["frames"]
     rate = run.codec.sample_rate / run.codec.hop  # frames a second
-    if (args.pitch and condition != "note") or (args.melody and condition != "control"):
-        raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
     if args.init_noise is not None and not args.init_audio:
         raise ValueError("--init-noise needs --init-audio")
     if args.init_audio and args.melody:
         raise ValueError("--init-audio goes without --melody")
+    if (args.pitch and condition != "note") or (args.melody and condition != "control"):
+        raise ValueError(f"--pitch needs --condition note, --melody control; this is {condition}")
     pitches = [pitch for pitch in args.pitch or [-1] for _ in range(args.count)]
     frames = math.ceil(args.seconds * rate) if args.seconds else learnt
     B = len(pitches)

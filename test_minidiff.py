@@ -14,7 +14,6 @@ import sys
 import threading
 import zipfile
 from functools import partial
-
 import numpy as np
 import pytest
 import soundfile
@@ -443,7 +442,8 @@ def test_stft_loss():
     assert m.stft_loss(sound, sound) == 0
     assert near(each[0], 0.5 + math.log(2), 0.02)
     assert near(m.stft_loss(batch / 2, batch), sum(each) / 3)
-    assert m.stft_loss(5e-4 * sound, 0 * sound) < 100     # 146,800 without a floor
+    r = m.stft(sound, 512).abs() / 0.01                    # to silence: the floor stands for it
+    assert near(m.stft_loss(sound, 0 * sound, (512,)), (r * r).mean() ** 0.5 + r.log1p().mean(), 1)
     for odd in (0 * sound, torch.zeros(1, 10), torch.ones(2, 1)):
         estimate = odd.clone().requires_grad_()
         m.stft_loss(estimate, odd).backward()
@@ -600,14 +600,22 @@ def test_music2latent(tmp_path, monkeypatch):
         m.Music2Latent()
 
 def test_curves():
-    """MIDI 72 at level 0.25: 0.25 and one octave; 72, a rest, 60, each of 2.5 frames."""
+    """MIDI 72 at 0.25; notes of 2.5 frames; 40 of 60 frames as asked; half as loud: 6.02 dB."""
     two = torch.stack([0.25 * sine(hertz(72)), torch.zeros(8000)])
     curves = m.measure_curves(two, RATE, 100)[:, :, 20:60].mean(2)
     assert near(curves, [[0.25, 1], [0, -5]], 0.01)
-    played = torch.tensor([[[0.8, 0.4, 0.2, 0.1], [0.0] * 4]])     # halves at each frame
+    played = torch.tensor([[[0.8, 0.4, 0.2, 0.1, 9, 9], [0.0] * 4 + [-5.0] * 2]])  # halves
     curves = m.melody_curves([72, None, 60], 2.5, played)
     assert near(curves[0], [0.56, 0.28, 0, 0, 0, 0.56, 0.28, 0.14])
     assert curves[1].tolist() == [1, 1, -5, -5, -5, 0, 0, 0]
+    codec = m.SnakeVAE(RATE, strides=(4, 5, 5), width=1)
+    asked = torch.tensor([1, 0.9, -5]).repeat_interleave(torch.tensor([40, 20, 20]))
+    cond = {"controls": torch.stack([torch.arange(80) / 80, asked])[None]}
+    found = m.describe(sine(hertz(72))[None] * torch.linspace(0, 1, 8000), codec, cond)
+    assert near(found["envelope_correlation"], 1, 0.01)
+    assert near(found["voiced_within_50_cents"], 2 / 3, 0.03)
+    noise = normal32(1, 8000)
+    assert near(m.describe(noise / 2, codec, {}, noise)["spectral_distance_db"], 6.02, 0.05)
 
 class Evil:
     def __reduce__(self):
@@ -851,9 +859,9 @@ def test_resume(run, tmp_path):
     ("sample --run nowhere", "nowhere"), ("sample --run TMP", "model.pt"), ("dance", "dance"),
     ("sample --pitch 200", "0 to 127"), ("sample --pitch sixty", "sixty"), ("", "command"),
     ("sample --melody 60 r", "--condition"), ("train --lr nan", "nan"), ("train", "--resume"),
-    ("sample --init-noise 0.1", "--init-audio"), ("train --stps 3", "--stps"),
-    ("sample --init-audio TMP/model.pt", "model.pt"),
-    ("sample --init-audio SOUND --init-noise 7", "init_noise"), ("sample --steps 0", "1 to"),
+    ("sample --init-noise 0.1", "--init-audio"), ("sample --init-audio TMP/model.pt", "model.pt"),
+    ("sample --melody 60 --init-audio SOUND", "without"), ("sample --steps 0", "1 to"),
+    ("sample --init-audio SOUND --init-noise 7", "init_noise"), ("train --stps 3", "--stps"),
     ("train --resume --objective edm", "objective"), ("train --device mps", "mps"),
     ("train --run TMP/new --data nowhere", "expected a folder"),
     ("train --device abacus", "abacus"), ("train --run TMP/new --data TMP", "2 usable")])
