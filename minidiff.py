@@ -18,7 +18,7 @@ The alphabet
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
-  i, k, n: counts  p: density or probability  r: height of an autocorrelation  v: variance
+  i, k, n: counts  p: density or probability  r: autocorrelation
   y: target  z: latents before they are standardised  E[.]: mean
   Explained in place: c, u, H, phi, q, m, V, s.
 
@@ -116,8 +116,8 @@ def toy(steps=3000, seed=0):
 #     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
 # so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means (^: a hat). x_t is
-# its own mean, alpha x_0^ + sigma noise^. This and the answer are two equations, which give both.
-# With ' for d/dt:
+# its own mean, alpha x_0^ + sigma noise^. With the answer, these are two equations for x_0^ and
+# noise^. With ' for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
@@ -269,15 +269,15 @@ class EDM(Objective):
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
 # p(x | condition) and p(x), x at any t. By Bayes, their ratio is proportional to p(condition | x).
-# To get more of the condition, raise it to a power w. p_w(x) shall be proportional to
+# To get more of the condition, raise p(condition | x) to a power w. p_w(x) shall be proportional to
 #
 #     p(x) p(condition | x)^w,  that is,  p(x)^(1 - w) p(x | condition)^w.
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
-# weights sum to one, so answers mix as scores do: classifier-free guidance [4]. With w > 1, notes
-# fit the condition better but are more alike, and the answers' deviation grows. GuidedNet's
-# `rescale` undoes this [5].
+# weights sum to one, so answers mix as scores do: classifier-free guidance [4], two answers a call.
+# With w > 1, notes fit the condition better but are more alike, and the answers' deviation grows.
+# GuidedNet's `rescale` undoes this [5].
 #
 # Try: `python minidiff.py evaluate --cfg 1 8`. At w = 8 all notes are in tune, but noisier, and
 # Frechet, their distance from real ones, is far larger.
@@ -427,7 +427,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
-    data = init if start < objective.t_max else torch.zeros_like(noise)  # else noise
+    data = init if start < objective.t_max else torch.zeros_like(noise)  # else pure noise
     def keeping(x_t, t):  # what stays, noised to t
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
@@ -986,7 +986,7 @@ class Music2Latent:
         return torch.cat(audio).float().to(latents.device)
 
 def measure_curves(audio, sample_rate, hop):
-    """Envelope, and octaves from middle C (-5, pitch 0: unvoiced), by hop: [B, T] -> [B, 2, L]."""
+    """Envelope, and octaves from middle C (unvoiced: -5), by hop: [B, T] -> [B, 2, L]."""
     tracks = torch.cat([pitch_track(sound[None], sample_rate, hop) for sound in audio])
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
@@ -1090,7 +1090,7 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         for kernel in self.kernels:
-            if kernel not in self.state:  # as Adam's; step unused
+            if kernel not in self.state:  # as Adam's
                 self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
             g = kernel.grad
             mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
@@ -1209,7 +1209,7 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # ---
 # 10. Measuring: is it any good?
 #
-# As asked? We count the notes within 50 cents of their pitch. The codec's share is the ceiling.
+# As asked? We count the notes within 50 cents of their pitch. The codec's own share is the ceiling.
 # Like the data? We compare level, harmonics to noise and, for the codec, spectra. Frechet: describe
 # each sound by the means and deviations of its latent channels. Fit a normal to these, and one to
 # those of half of the held-out sounds: how far apart are they? The floor is half to half.
