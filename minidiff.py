@@ -18,13 +18,8 @@ The alphabet
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
-  i, k, n: counts  p: density or probability  r: autocorrelation
-  y: target  z: latents before they are standardised  E[.]: mean
-  Explained in place: c, u, H, phi, q, m, V, s.
-
-The chapters
-  0 The whole idea, 1 Noising and objectives, 2 Guidance, 3 Samplers, 4 The U-Net, 5 Sound,
-  6 The Snake VAE, 7 Its losses, 8 Data, 9 Training, 10 Measuring, 11 The command line
+  i, j, k, n: counts  p: density or probability  r: autocorrelation  y: target
+  z: latents before they are standardised  Explained in place: c, u, H, phi, m, V, s.
 
 References (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
@@ -275,7 +270,7 @@ class EDM(Objective):
 #
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
 # unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
-# weights sum to one, so answers mix as scores do: classifier-free guidance [4], two answers a call.
+# weights sum to one, so answers mix as scores do: classifier-free guidance [4].
 # With w > 1, notes fit the condition better but are more alike, and the answers' deviation grows.
 # GuidedNet's `rescale` undoes this [5].
 #
@@ -358,10 +353,9 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda is
     (1 + eta) (x_0^ - x), plus noise. Let H = (1 + eta) h. If x_0^ is constant, a step h leads to
     exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at the
-    step's end. But x_0^ moves: we extend the parabola through the last three (fewer at first, where
-    it hardly moves). Its derivatives in lambda, slope and bend, add h phi_2 slope + h^2 phi_3 bend.
-    phi_k, the integral of H exp(H (q - 1)) q^(k-1) / (k-1)! over the share q of the step, is
-    1 - exp(-H) for k = 1, and phi_(k+1) = 1/k! - phi_k / H.
+    step's end. But x_0^ moves: we extend the parabola through the last three (fewer at first). Its
+    derivatives in lambda, slope and bend, integrated, add h phi_2 slope + h^2 phi_3 bend, where
+    phi_1 = 1 - exp(-H) and, by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -388,8 +382,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     return x
 
 def optimise_noise(sample, noise, loss, steps, lr):
-    """Steer by any loss: Adam moves the noise [B, ...] to lower loss(sample(noise)) (DITTO, [7]
-    section 3)."""
+    """DITTO ([7] section 3): Adam moves the noise [B, ...] to lower loss(sample(noise))."""
     noise = noise.detach().clone().requires_grad_()
     adam = torch.optim.Adam([noise], lr)
     for _ in range(steps):
@@ -780,13 +773,13 @@ def stft(audio, size):
     return torch.stft(audio, size, size // 4, window=window, pad_mode="constant",
                       return_complex=True) * 4 / size
 
-def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-2):
+def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     """||wanted - found|| / ||wanted|| + mean |ln wanted - ln found|, over `sizes` ([19] eq. 4-6).
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
         found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = floor * math.sqrt(wanted.shape[1])  # the norm if all were floor
+        silent = 10 * floor * math.sqrt(wanted.shape[1])  # if all were 10 floor
         total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
         total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -800,7 +793,7 @@ class STFTDiscriminator(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, 1, 1)
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
-        # Keep the phase, take the root of the magnitude: harmonics vary a lot.
+        # Keep the phase, take the root of the magnitude: harmonics vary.
         maps = [x * (x.square().sum(1, keepdim=True) + 1e-7) ** -0.25]
         for layer in self.layers:
             maps.append(F.leaky_relu(layer(maps[-1]), 0.1))
@@ -816,8 +809,8 @@ def hinge_generator_loss(fake):
 
 def feature_matching_loss(real, fake):
     """L1 distance of hidden layers, relative to the real ones' size ([11] section 3.4)."""
-    return sum(F.l1_loss(found, wanted.detach()) / wanted.detach().abs().mean().clamp_min(1e-8)
-               for wanted, found in zip(real, fake)) / len(real)
+    return sum(F.l1_loss(b, a.detach()) / a.detach().abs().mean().clamp_min(1e-8)
+               for a, b in zip(real, fake)) / len(real)
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
@@ -998,10 +991,10 @@ def melody_curves(melody, frames_per_note, played):
     fade = change[voiced[1:] & voiced[:-1]].median()
     edges = [round(k * frames_per_note) for k in range(len(melody) + 1)]
     curves = torch.tensor([[0.0], [-5.0]]).repeat(1, edges[-1])
-    for pitch, (begin, end) in zip(melody, pairwise(edges)):
+    for pitch, (i, j) in zip(melody, pairwise(edges)):
         if pitch is not None:
-            curves[0, begin:end] = loud[voiced].quantile(0.8) * fade ** torch.arange(end - begin)
-            curves[1, begin:end] = (pitch - 60) / 12
+            curves[0, i:j] = loud[voiced].quantile(0.8) * fade ** torch.arange(j - i)
+            curves[1, i:j] = (pitch - 60) / 12
     return curves
 
 def save_checkpoint(path, **state):
@@ -1033,7 +1026,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
         curves[:, 0] /= curves[train, 0].max()
         cond["controls"] = curves
     held = data.valid.nonzero()[:, 0]
-    pairs = max(1, min(185, len(held) // 2))  # a, b alternate
+    pairs = max(1, min(185, len(held) // 2))
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
@@ -1051,14 +1044,12 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all that
-# the next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits
-# as one unbroken. With torchrun, each GPU draws a part of the batch.
+# the next step needs: on a CPU, with the same --steps, a resumed training ends with the
+# same bits. With torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-# edm starts from 20.
-OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "vp": VPDiffusion(),
-              "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
+OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1073,8 +1064,8 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Even out singular values: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
-    x = x / x.norm().clamp_min(1e-12)
+    """Even out singular values of x [N, ., .]: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     # Each singular value s becomes c1 s + c3 s^3 + c5 s^5.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
@@ -1083,21 +1074,27 @@ def orthogonalise(x):
 
 class Muon(torch.optim.Adam):
     """Adam, but kernels of convolutions, as matrices, step along the moving average of their
-    gradients, orthogonalised, with an RMS of 0.2 lr ([20] section 2)."""
+    gradients, orthogonalised ([20] section 2; 96 rows at a time), with an RMS of 0.2 lr."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
     @torch.no_grad()
     def step(self):
+        alike = {}  # blocks by shape
         for kernel in self.kernels:
             if kernel not in self.state:  # as Adam's
                 self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
             g = kernel.grad
             mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
-            rows = g.lerp(mean, 0.95).flatten(1)  # g counts once more (Nesterov)
-            size = 0.2 * self.param_groups[0]["lr"] * max(rows.shape) ** 0.5
-            kernel -= size * orthogonalise(rows).view_as(kernel)  # its RMS: max(shape)^-1/2
+            rows = g.lerp(mean, 0.95).flatten(1)  # g counts again (Nesterov)
+            for weight, block in zip(kernel.flatten(1).split(96), rows.split(96)):
+                alike.setdefault(block.shape, []).append((weight, block))
             kernel.grad = None  # Adam skips it
+        for shape, pairs in alike.items():
+            weights, blocks = zip(*pairs)
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # its RMS: max(shape)^-1/2
+            for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
+                weight.sub_(size * block)
         super().step()
 
 def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
@@ -1142,8 +1139,9 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
     return average.module
 
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
-                kl_weight=0.01, adversarial_from=math.inf, settings=None):
-    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average."""
+                kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
+    """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
+    blur: fading noise on the latents, in deviations: decoders learn to bear a model's errors."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1157,8 +1155,9 @@ def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, cro
         starts = torch.randint(audio.shape[1] - crop + 1, (batch_size, 1), generator=generator)
         real = audio[chosen, starts + torch.arange(crop)].to(device)
         mean, log_variance = codec.posterior(real)
-        noise = standard_normal(mean.shape, generator).to(mean)
-        z = mean + (log_variance / 2).exp() * noise
+        blurred = blur * (1 - step / steps)
+        variance = log_variance.exp() + (blurred * mean.detach()).var((0, 2), keepdim=True)
+        z = mean + variance.sqrt() * standard_normal(mean.shape, generator).to(mean)
         estimate = codec.decoder(z)[:, 0, :crop]
         rms = ((estimate - real).square().mean(1) + 1e-8).sqrt().mean()
         losses = {"l1": F.l1_loss(estimate, real), "l2": rms, "stft": stft_loss(estimate, real)}
@@ -1352,8 +1351,7 @@ def write_sounds(folder, sounds, rate):
 # ---
 # 11. The command line
 #
-# A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder. Python
-# sets what no option does: a MIDI velocity, `keep`, `rescale`.
+# A run's checkpoints hold its settings, so `sample` and `evaluate` need only its folder.
 #
 # Try: `python minidiff.py sample --pitch 60 --count 4 --cfg 0`. w = 0 ignores the pitch.
 
@@ -1398,7 +1396,7 @@ def build_parser(**saved):
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
-    add("--codec-steps", type=count, default=800, help="(default 800)")
+    add("--codec-steps", type=count, default=900, help="(default 900)")
     add("--steps", type=count, default=1100, help="of the model (default 1100)")
     add("--lr", type=between(0, 1), default=0.0015, help="(default 0.0015)")
     add("--adversarial-from", type=count, help="step where the judge joins")
@@ -1445,7 +1443,7 @@ def train_run(args, argv):
     if made and not args.resume:
         raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
     saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
-    args = build_parser(**saved).parse_args(argv)  # defaults as saved
+    args = build_parser(**saved).parse_args(argv)
     args.codec = args.codec or ("vae" if args.data in BUILT_IN else "music2latent")
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
         if name in saved and getattr(args, name) != saved[name]:
@@ -1455,7 +1453,7 @@ def train_run(args, argv):
     latents = folder / "latents.pt"
     if RANK == 0 and not latents.exists():
         prepare(args, folder)
-    while not latents.exists():  # RANK 0 makes them
+    while not latents.exists():
         time.sleep(1)
     if WORLD > 1:
         torch.distributed.init_process_group()
