@@ -1141,7 +1141,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: fading noise on the latents, in deviations: decoders learn to bear a model's errors."""
+    blur: noise on the latents, in deviations; it fades: decoders bear errors, yet are exact."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
