@@ -4,7 +4,7 @@ A codec turns a second of sound into 63 vectors, its latents. A network learns t
 latents: ask for a pitch, hear a note that nobody has played. To copy a piece of chapters
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
-    python minidiff.py toy    # the whole idea, in ten seconds
+    python minidiff.py toy    # the idea, in ten seconds
     python minidiff.py train  # an instrument, in minutes
     python minidiff.py sample --pitch 60
 
@@ -62,7 +62,7 @@ from torch.utils.data import DataLoader, Dataset
 # Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
 def toy(steps=3000, seed=0):
-    """Learn two half moons, draw them, return the shares near a moon."""
+    """Learn two half moons, draw them, return the shares near one."""
     torch.manual_seed(seed)
 
     def moons(n, blur=0.05):
@@ -1335,7 +1335,7 @@ def write_sounds(folder, sounds, rate):
     with open(folder / "index.html", "a") as page:
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
-                       "<p>Dark is loud, the top edge 3000 Hz; codec: real through it.</p>\n")
+                       "<p>codec_0: real_0 through the codec. Dark is loud, the top is 3000 Hz.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
