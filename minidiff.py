@@ -5,7 +5,7 @@ latents: ask for a pitch, hear a note that nobody has played. To copy a piece of
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
     python minidiff.py toy    # the idea, in ten seconds
-    python minidiff.py train  # an instrument, in minutes
+    python minidiff.py train  # an instrument
     python minidiff.py sample --pitch 60
 
 The alphabet
@@ -19,7 +19,8 @@ The alphabet
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
   i, j, k, n: counts  p: density or probability  r: autocorrelation  y: target
-  z: latents before they are standardised  Explained in place: c, u, H, phi, m, V, s.
+  z: latents before they are standardised  c, u: with, without condition  H: (1 + eta) h
+  phi: its weights  m, V: mean, covariance  s: VPDiffusion's offset
 
 References (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
@@ -268,11 +269,10 @@ class EDM(Objective):
 #
 #     p(x) p(condition | x)^w,  that is,  p(x)^(1 - w) p(x | condition)^w.
 #
-# The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c, c for conditional, u for
-# unconditional. A network's answer mixes score and x_t. The x_t term is the same in both and the
-# weights sum to one, so answers mix as scores do: classifier-free guidance [4].
-# With w > 1, notes fit the condition better but are more alike, and the answers' deviation grows.
-# GuidedNet's `rescale` undoes this [5].
+# The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c. A network's answer mixes
+# score and x_t. The x_t term is the same in both and the weights sum to one, so answers mix as
+# scores do: classifier-free guidance [4]. With w > 1, notes fit the condition better but are more
+# alike, and the answers' deviation grows. GuidedNet's `rescale` undoes this [5].
 #
 # Try: `python minidiff.py evaluate --cfg 1 8`. At w = 8 all notes are in tune, but noisier, and
 # Frechet, their distance from real ones, is far larger.
@@ -678,7 +678,7 @@ def note_pitch(track):
 
 class Snake(nn.Module):
     """x + sin(omega x)^2 / omega, omega > 0 learned by feature ([10] eq. 3): [B, D, T] -> same.
-    It waves for ever, as tones do; a ReLU goes straight."""
+    Tones wave for ever; a ReLU goes straight."""
     def __init__(self, channels):
         super().__init__()
         self.log_omega = nn.Parameter(torch.zeros(channels, 1))
@@ -1066,7 +1066,7 @@ def warm_average(averages, weights, count):
 def orthogonalise(x):
     """Even out singular values of x [N, ., .]: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # Each singular value s becomes c1 s + c3 s^3 + c5 s^5.
+    # Singular values: c1, c3, c5 times powers 1, 3, 5.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
         x = c1 * x + (c3 * square + c5 * square @ square) @ x
@@ -1335,7 +1335,7 @@ def write_sounds(folder, sounds, rate):
     with open(folder / "index.html", "a") as page:
         if page.tell() == 0:
             page.write("<!doctype html><style>figure { float: left } img { display: block }</style>"
-                       "<p>codec_0: real_0 through the codec. Dark is loud, the top is 3000 Hz.</p>\n")
+                       "<p>codec_0: real_0 through the codec. Dark is loud, the top 3000 Hz.</p>\n")
         for name, audio in sounds.items():
             path = folder / f"{name}.wav"
             while path.exists():
