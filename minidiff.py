@@ -4,7 +4,7 @@ A codec turns a second of sound into 63 vectors, its latents. A network learns t
 latents: ask for a pitch, hear a note that nobody has played. To copy a piece of chapters
 0 to 7, take the imports and what its docstring lists after "Lifts out with".
 
-    python minidiff.py toy    # the idea, in ten seconds
+    python minidiff.py toy    # the idea
     python minidiff.py train  # an instrument
     python minidiff.py sample --pitch 60
 
@@ -19,8 +19,8 @@ The alphabet
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
   i, j, k, n: counts  p: density or probability  r: autocorrelation  y: target
-  z: latents before they are standardised  c, u: with, without condition  H: (1 + eta) h
-  phi: its weights  m, V: mean, covariance  s: VPDiffusion's offset
+  z: latents before they are standardised  c, u: with, without condition  m, V: mean, covariance
+  eta: fresh noise  H: (1 + eta) h  phi: weights, as in [6]  s: VPDiffusion's offset
 
 References (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
@@ -127,8 +127,8 @@ def toy(steps=3000, seed=0):
 # distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. Column loss: of a net that answers
-# 0, for data of mean square 1. angle: about pi t / 2.
+# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. The loss is that of a net that
+# answers 0, for data of mean square 1.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -311,7 +311,7 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
 # fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
 #
-# Unless its eta is 0, the third also adds fresh noise and makes up for it by a longer move towards
+# Unless eta is 0, the third also adds fresh noise and makes up for it by a longer move towards
 # x_0^: x_t keeps its density ([17] eq. 13), and early errors fade. Then 1/8 no longer holds.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
@@ -445,7 +445,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 # and doubles it back; skip connections carry the detail. `UNet1d` [8] adds to `TutorialUNet`:
 #
 #     time       scales and shifts the features in every block
-#     residuals  x + f(x): gradients pass
+#     residuals  x + f(x): gradients pass unchanged
 #     norm       of each frame: features have size 1 at any noise
 #     attention  from each frame to all others, where frames are few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
@@ -779,7 +779,7 @@ def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
     total = 0.0
     for size in sizes:
         found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(wanted.shape[1])  # if all were 10 floor
+        silent = 10 * floor * math.sqrt(wanted.shape[1])  # the norm if all were 10 floor
         total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
         total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -793,7 +793,7 @@ class STFTDiscriminator(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, 1, 1)
     def forward(self, audio):
         x = torch.view_as_real(stft(audio, 512)).permute(0, 3, 1, 2)
-        # Keep the phase, take the root of the magnitude: harmonics vary.
+        # Keep the phase, take the root of the magnitude: faint harmonics count too.
         maps = [x * (x.square().sum(1, keepdim=True) + 1e-7) ** -0.25]
         for layer in self.layers:
             maps.append(F.leaky_relu(layer(maps[-1]), 0.1))
@@ -814,14 +814,14 @@ def feature_matching_loss(real, fake):
 
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
-    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses that pass
-    the output by (the KL)."""
+    output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses that
+    do not depend on it (the KL)."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
         self.total_norm = total_norm
         self.ema_decay = ema_decay
-        self.register_buffer("norms", torch.zeros(2, len(weights)))  # running |g_i| and 1
+        self.register_buffer("norms", torch.zeros(2, len(weights)))
 
     def backward(self, losses, output, free=None):
         total = sum(self.weights[name] for name in losses)
@@ -832,7 +832,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # as Adam's: undoes the start at 0
+            mean = running[0] / running[1]  # running |g_i| by running 1: no bias
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1066,7 +1066,7 @@ def warm_average(averages, weights, count):
 def orthogonalise(x):
     """Even out singular values of x [N, ., .]: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # Singular values: c1, c3, c5 times powers 1, 3, 5.
+    # Singular values go through the odd polynomial of coefficients c1, c3, c5.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
         x = c1 * x + (c3 * square + c5 * square @ square) @ x
@@ -1082,7 +1082,7 @@ class Muon(torch.optim.Adam):
     def step(self):
         alike = {}  # blocks by shape
         for kernel in self.kernels:
-            if kernel not in self.state:  # as Adam's
+            if kernel not in self.state:
                 self.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
             g = kernel.grad
             mean = self.state[kernel]["exp_avg"].lerp_(g, 0.05)
@@ -1141,7 +1141,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations; it fades: decoders bear errors, yet are exact."""
+    blur: noise on the latents, in deviations. It fades: tolerance first, then exactness."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
