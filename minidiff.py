@@ -1,8 +1,8 @@
 """minidiff: audio latent diffusion in one file to read, run, and take apart.
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
-latents: ask for a pitch, hear a note that nobody has played. To copy a piece of chapters
-0 to 7, take the imports and what its docstring lists after "Lifts out with".
+latents: ask for a pitch, hear a note nobody has played. To copy a piece of chapters
+0 to 7, take the imports and what its "Lifts out with" lists.
 
     python minidiff.py toy    # the idea
     python minidiff.py train  # an instrument
@@ -14,13 +14,14 @@ The alphabet
   x_0 is data, noise is Normal(0, 1), mean 0 and variance 1. x_t = alpha(t) x_0 + sigma(t) noise.
   A deviation is a variance's root.
   t = 0 is data, the largest t is noise. velocity is dx/dt, away from the data.
-  w is the guidance scale, --cfg: 1 is off, 0 ignores the condition.
+  w is the guidance scale, --cfg: 1 is off.
   Not given is -1 for a label (one number per sound), NaN for a curve (one per frame, a control).
   A pitch is a MIDI number: 60 is middle C, 69 is 440 Hz; a semitone is 1, a cent 0.01.
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
   i, j, k, n: counts  p: density or probability  r: autocorrelation  y: target
   z: latents before they are standardised  c, u: with, without condition  m, V: mean, covariance
-  eta: fresh noise  H: (1 + eta) h  phi: weights, as in [6]  s: VPDiffusion's offset
+  eta: how much fresh noise  H: (1 + eta) h  phi: weights, as in [6]  q: part of a step
+  s: VPDiffusion's offset
 
 References (arXiv)
    [1] Rectified flow 2209.03003  [2] Logit-normal 2403.03206  [3] EDM          2206.00364
@@ -55,7 +56,7 @@ from torch.utils.data import DataLoader, Dataset
 # ---
 # 0. The whole idea
 #
-# We have examples x_0 and want more. Draw a line from noise to one, x_t = (1 - t) x_0 + t noise,
+# We have examples x_0 and want more. Draw a line from noise to x_0, x_t = (1 - t) x_0 + t noise,
 # and let a network predict, from x_t and t, its direction x_0 - noise. Many such lines pass through
 # one point: there it learns their mean direction. For a new example, start at fresh noise and
 # follow the network in small straight steps, Euler's rule, from t = 1 to t = 0 [1].
@@ -63,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset
 # Try: `python minidiff.py toy`. Then replace 3000 steps by 200: the moons blur.
 
 def toy(steps=3000, seed=0):
-    """Learn two half moons, draw them, return the shares near one."""
+    """Learn two half moons, draw them, return the shares near a moon."""
     torch.manual_seed(seed)
 
     def moons(n, blur=0.05):
@@ -77,7 +78,7 @@ def toy(steps=3000, seed=0):
     adam = torch.optim.Adam(net.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
     for _ in range(steps):
-        x_0 = 2 * moons(1024)  # as large as noise
+        x_0 = 2 * moons(1024)  # about noise's size
         noise = torch.randn(1024, 2)
         t = torch.rand(1024, 1)
         x_t = (1 - t) * x_0 + t * noise
@@ -111,24 +112,25 @@ def toy(steps=3000, seed=0):
 #
 #     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means (^: a hat). x_t is
-# its own mean, alpha x_0^ + sigma noise^. With the answer, these are two equations for x_0^ and
-# noise^. With ' for d/dt:
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. The mean of x_t
+# given x_t is x_t: alpha x_0^ + sigma noise^. With the answer, this gives x_0^ and noise^. With '
+# for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
 #     velocity  =  alpha' x_0^ + sigma' noise^     the mean of dx_t/dt at x_t
 #     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
 #
-# The last: p(x_t) is the mean over x_0 of the normal p(x_t | x_0). The normal's gradient in x_t is
-# p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean over p(x_0 | x_t).
+# The last: p(x_t) is the mean over x_0 of p(x_t | x_0), a normal of mean alpha x_0 and deviation
+# sigma. Its gradient is p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean
+# over p(x_0 | x_t).
 #
-# How much density flows through a place depends only on the mean velocity there. So points that
-# follow it have, at every t, the density of x_t ([1] th. 3.3): what starts as noise arrives
-# distributed as the data.
+# A density changes only by what flows in and out, density times mean velocity. So points that
+# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): what starts as noise
+# arrives distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. The loss is that of a net that
-# answers 0, for data of mean square 1.
+# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. loss: that of a net that answers
+# 0, for data of mean square 1.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -136,7 +138,7 @@ def toy(steps=3000, seed=0):
 #     EDM (below)    1           t           (x_0 - c_skip x_t) / c_out  0 to 80  1
 #
 # Try: `python -c "from minidiff import *; print(EDM().loss(lambda x, t: 0*x, torch.ones(99, 99)))"`
-# and with RectifiedFlow(): the table's losses.
+# and RectifiedFlow(): the table's losses.
 
 def expand(t, x):
     """t, a float or [B], as [B, 1, ...] for x [B, ...]."""
@@ -265,7 +267,7 @@ class EDM(Objective):
 #
 # In training, a condition such as "pitch 60" is withheld now and then, so one network learns both
 # p(x | condition) and p(x), x at any t. By Bayes, their ratio is proportional to p(condition | x).
-# To get more of the condition, raise p(condition | x) to a power w. p_w(x) shall be proportional to
+# For more of the condition, raise p(condition | x) to a power w: let p_w(x) be proportional to
 #
 #     p(x) p(condition | x)^w,  that is,  p(x)^(1 - w) p(x | condition)^w.
 #
@@ -308,11 +310,11 @@ class GuidedNet:
 # 3. Samplers: how do we get from noise to a note?
 #
 # A sampler follows dx/dt = velocity(x, t) down a list of times to 0. Euler's rule asks the network
-# once per step. Heun's asks again where Euler's step lands, and averages. The third, DPM-Solver++,
-# fits a parabola to the last three x_0^ [6]. Twice the steps leave 1/2, 1/4 and 1/8 of the error.
+# once per step. Heun's asks again where Euler's step lands, and averages. DPM-Solver++ [6] fits a
+# parabola to the last three x_0^. Twice the steps leave about 1/2, 1/4 and 1/8 of the error.
 #
-# Unless eta is 0, the third also adds fresh noise and makes up for it by a longer move towards
-# x_0^: x_t keeps its density ([17] eq. 13), and early errors fade. Then 1/8 no longer holds.
+# Unless eta is 0, it also adds fresh noise, which widens x_t's density, and moves further towards
+# x_0^, which narrows it as much ([17] eq. 13). Early errors fade, but 1/8 no longer holds.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
 # the mean of all notes, a blur of pitches; thirty on one note.
@@ -350,12 +352,13 @@ def heun(velocity, x, times):
     return x
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
-    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. In lambda = -ln sigma, dx/dlambda is
-    (1 + eta) (x_0^ - x), plus noise. Let H = (1 + eta) h. If x_0^ is constant, a step h leads to
-    exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance sigma^2 (1 - exp(-2 eta h)), sigma at the
-    step's end. But x_0^ moves: we extend the parabola through the last three (fewer at first). Its
-    derivatives in lambda, slope and bend, integrated, add h phi_2 slope + h^2 phi_3 bend, where
-    phi_1 = 1 - exp(-H) and, by parts, phi_(k+1) = 1/k! - phi_k / H.
+    """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
+    lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that. If
+    x_0^ is constant, a step h leads to exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance
+    sigma^2 (1 - exp(-2 eta h)), sigma at the step's end. But x_0^ moves: we extend the parabola
+    through the last three, newest + q slope + q^2 / 2 bend. Weighted by (1 + eta) exp((1 + eta)
+    (q - h)), the integrals of 1, q and q^2 / 2 over the step are phi_1 = 1 - exp(-H), h phi_2 and
+    h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -409,7 +412,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # Even t in rectified flow; the others use times of the same sigma/alpha.
+        # Even in flow_t, the t where rectified flow has the same sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -420,12 +423,12 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
-    data = init if start < objective.t_max else torch.zeros_like(noise)  # else pure noise
+    data = init if start < objective.t_max else torch.zeros_like(noise)  # none in pure noise
     def keeping(x_t, t):  # what stays, noised to t
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
         return objective.velocity(net, keeping(x_t, t), t, **cond)
-    def denoise(scaled, ratio):  # x_t / alpha
+    def denoise(scaled, ratio):  # x_t / alpha, sigma / alpha
         t = objective.time_at(ratio)
         x_t = expand(objective.alpha(t), scaled) * scaled
         return objective.denoise(net, keeping(x_t, t), t, **cond)
@@ -447,7 +450,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x): gradients pass unchanged
 #     norm       of each frame: features have size 1 at any noise
-#     attention  from each frame to all others, where frames are few
+#     attention  adds a weighted mean of all frames to each, where they are few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
 #
 # Try: `python minidiff.py sample --pitch 60 --seconds 3`. Frames past the one second learnt share a
@@ -465,7 +468,7 @@ class TutorialUNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose1d(D_out, D, 4, 2, 1) for D, D_out in pairs[::-1])
         self.exit = nn.Conv1d(channels, channels, 1)
     def forward(self, x, t):
-        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple
+        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple of 2^depth
         for conv in self.down:
             skips.append(F.relu(conv(skips[-1])))
         L = x.shape[2]
@@ -544,7 +547,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives 10: value, "is given" and, to tell semitones, waves of 1 to 8 turns a unit.
+        # A curve gives 10: value, "is given" and, for fine pitch, waves of 1 to 8 turns an octave.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -566,7 +569,7 @@ class UNet1d(nn.Module):
 # place of plucking and the dullness of the pick set its size, and it dies away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
-# repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proceedings 17,
+# repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proc. 17,
 # 1993).
 #
 # Try: `python minidiff.py sample --pitch 43`. It prints the pitch it hears.
@@ -574,7 +577,7 @@ class UNet1d(nn.Module):
 def resample(audio, from_rate, to_rate):
     """Cut or extend the spectrum, rates in Hz: [..., T] -> [..., ceil(T to_rate / from_rate)]."""
     T = audio.shape[-1]
-    seconds = math.ceil(1.1 * T / from_rate)  # padding: an FFT joins the ends
+    seconds = math.ceil(1.1 * T / from_rate)  # padding: to an FFT a sound repeats
     spectrum = torch.fft.rfft(audio.double(), n=seconds * from_rate)
     out = torch.fft.irfft(spectrum, n=seconds * to_rate) * (to_rate / from_rate)
     return out[..., :math.ceil(T * to_rate / from_rate)].float()
@@ -618,7 +621,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None):
     return (0.1 + 0.8 * force) / audio.abs().max().clamp_min(1e-12) * fade * audio
 
 def envelope(audio, hop):
-    """The largest |x| in every hop: [B, T] -> [B, ceil(T / hop)]."""
+    """The largest |x| in `hop` samples: [B, T] -> [B, ceil(T / hop)]."""
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
@@ -633,7 +636,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Zeros above the spectrum: finer delays.
+        # Its inverse FFT is the autocorrelation; zeros above it: finer delays.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     # The window's own correlation falls: divide it out.
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
@@ -667,10 +670,10 @@ def note_pitch(track):
 #
 #     KL(Normal(mean, variance) || Normal(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# a gap between them, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and
+# their gap, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and
 # holes close.
 #
-# Recorded notes differ a hundredfold in level, and each dies away. So a sound is divided by its
+# Notes differ a hundredfold in level, and die away. So a sound is divided by its
 # smooth level, which travels as channel 17.
 #
 # Try: `python minidiff.py sample --init-noise 0 --init-audio runs/plucks/samples/real_1.wav`. You
@@ -678,7 +681,7 @@ def note_pitch(track):
 
 class Snake(nn.Module):
     """x + sin(omega x)^2 / omega, omega > 0 learned by feature ([10] eq. 3): [B, D, T] -> same.
-    Tones wave for ever; a ReLU goes straight."""
+    It bends everywhere, as tones do; a ReLU at 0 only."""
     def __init__(self, channels):
         super().__init__()
         self.log_omega = nn.Parameter(torch.zeros(channels, 1))
@@ -741,13 +744,13 @@ class SnakeVAE(nn.Module):
         audio, level = self.levelled(audio)
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
-        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # drops its own level
+        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # divides by its own level
         # Errors differ from frame to frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
 def kl_divergence(mean, log_variance):
-    """In nats, mean over all values ([12] appendix B)."""
+    """The mean over all values ([12] appendix B)."""
     return 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
 
 # ---
@@ -759,13 +762,13 @@ def kl_divergence(mean, log_variance):
 # dull average. With --adversarial-from, a discriminator, the judge, learns to hear dullness, the
 # decoder to avoid it.
 #
-# The gradients g_i = dloss_i/doutput differ by factors of a hundred. The balancer [11] divides each
-# by its running mean norm <|g_i|>, so that weights set the shares:
+# The gradients g_i = dloss_i/doutput differ a hundredfold. The balancer [11] divides each
+# by its running mean norm <|g_i|>, so that weights set its share of total_norm:
 #
 #     g  =  total_norm  sum over i of  (weight_i / their sum) (g_i / <|g_i|>).
 #
 # Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 150 --adversarial-from 100
-# --seconds 0.5`. Its log.csv has the shares of five losses with weights 1, 1, 2, 1, 2.
+# --seconds 0.5`. Its log.csv has the shares.
 
 def stft(audio, size):
     """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
@@ -800,7 +803,7 @@ class STFTDiscriminator(nn.Module):
         return self.exit(maps[-1]), maps[1:]
 
 def hinge_discriminator_loss(real, fake):
-    """Of logits ([11] section 3.4)."""
+    """Wants logits above 1 if real, below -1 if fake ([11] section 3.4)."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 def hinge_generator_loss(fake):
@@ -832,7 +835,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # running |g_i| by running 1: no bias
+            mean = running[0] / running[1]  # norms over ones: both lag alike
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -844,8 +847,8 @@ class LossBalancer(nn.Module):
 #
 # data[i] is a sound [T], data.labels[i] its pitch, MIDI velocity and instrument (source),
 # data.valid[i] whether it is held out. Each sound is encoded once, and standardised: else noise of
-# variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves, not
-# labels: loudness and pitch of each frame.
+# variance 1 would drown a channel of deviation 0.01. A melody's condition is two curves, loudness
+# and pitch by frame.
 #
 # Try: `python -c "import minidiff as m; m.save_audio('phrase.wav', m.Melodies(1)[0], 16000)"`. You
 # hear a phrase.
@@ -889,9 +892,9 @@ class Melodies(Plucks):
         return torch.cat(notes)[:round(self.seconds * self.sample_rate)]
 
 class AudioFolder(Dataset):
-    """Recordings below a folder, cut into half-overlapping sounds. NSynth's names [13], such as
-    guitar_004-071-025.wav, give labels. Held out are folders that end in -valid, else a
-    20th of the files."""
+    """Recordings below a folder, cut into half-overlapping sounds. NSynth's names [13] give
+    labels: guitar_004-071-025.wav has pitch 71, velocity 25. Held out: folders that end in -valid,
+    else one file and a 20th of all."""
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
@@ -1003,16 +1006,16 @@ def save_checkpoint(path, **state):
     os.replace(f"{path}.new", path)
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. ValueError for a file that would run code."""
+    """What save_checkpoint wrote, on the CPU; else ValueError. No code in a file is run."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{path}: no checkpoint; train first") from error
+    except Exception:
+        raise ValueError(f"{path}: no checkpoint; train first") from None
 
 @torch.no_grad()
 def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
-    """Write and return x [N, C, L], standardised; cond, for the net; a and b, the indices of two
-    halves of what is held out; real, the sounds b; labels; valid; facts."""
+    """Write and return x [N, C, L], standardised; cond, for the net; a and b, indices of alternate
+    held-out sounds; real, the sounds b; labels; valid; facts."""
     sounds = DataLoader(data, batch)
     print(f"encoding {len(data)} sounds")
     z = torch.cat([codec.encode(audio.to(device)).cpu() for audio in sounds])
@@ -1030,7 +1033,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
     a, b = held[torch.linspace(0, len(held) - 1, 2 * pairs).round().long()].view(-1, 2).T
     facts = dict(condition=condition, sample_rate=codec.sample_rate, sources=data.sources,
                  channels=z.shape[1], frames=z.shape[2], mean=mean, std=std,
-                 pitches=torch.stack(data.labels[train, 0].aminmax()).tolist())
+                 pitches=data.labels[train, 0].tolist())
     state = dict(x=(z - mean) / std, cond=cond, facts=facts, labels=data.labels, valid=data.valid,
                  a=a, b=b, real=torch.stack([data[i] for i in b]))
     save_checkpoint(path, **state)
@@ -1039,11 +1042,11 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # ---
 # 9. Training: how do we get good weights?
 #
-# The gradient of a weight matrix has a few large singular values and many small ones: a step along
+# A matrix stretches directions by its singular values. A gradient has few large ones: a step along
 # it moves few directions. Adam evens out the steps of single weights, Muon [20] singular values.
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
-# rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all that
+# rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all
 # the next step needs: on a CPU, with the same --steps, a resumed training ends with the
 # same bits. With torchrun, each GPU draws a part of the batch.
 #
@@ -1066,15 +1069,15 @@ def warm_average(averages, weights, count):
 def orthogonalise(x):
     """Even out singular values of x [N, ., .]: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # Singular values go through the odd polynomial of coefficients c1, c3, c5.
+    # x x^T x has the singular values of x, cubed: odd polynomials act on these alone.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
         square = x @ x.mT
         x = c1 * x + (c3 * square + c5 * square @ square) @ x
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam, but kernels of convolutions, as matrices, step along the moving average of their
-    gradients, orthogonalised ([20] section 2; 96 rows at a time), with an RMS of 0.2 lr."""
+    """Adam, but kernels of convolutions, as matrices of up to 96 rows, step along their gradient's
+    moving average, orthogonalised ([20] section 2), with an RMS of 0.2 lr."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
@@ -1092,7 +1095,7 @@ class Muon(torch.optim.Adam):
             kernel.grad = None  # Adam skips it
         for shape, pairs in alike.items():
             weights, blocks = zip(*pairs)
-            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # its RMS: max(shape)^-1/2
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # undoes its RMS
             for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
                 weight.sub_(size * block)
         super().step()
@@ -1141,7 +1144,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations. It fades: tolerance first, then exactness."""
+    blur: noise on the latents, in deviations of the means. It fades: tolerance, then exactness."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1188,8 +1191,7 @@ def drop_conditions(cond, generator, p=0.1):
 
 def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_size=64, lr=1.5e-3,
                     settings=None):
-    """Train net on x [N, C, L] and cond {name: [N, ...]} where not `valid` [N]; returns its
-    average."""
+    """Train net on x [N, C, L] and cond {name: [N, ...]} where not valid [N]; gives its average."""
     generator = torch.Generator().manual_seed(seed + RANK)
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     device = next(net.parameters()).device
@@ -1211,20 +1213,20 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # As asked? We count the notes within 50 cents of their pitch. The codec's own share is the ceiling.
 # Like the data? We compare level, harmonics to noise and, for the codec, spectra. Frechet: describe
 # each sound by the means and deviations of its latent channels. Fit a normal to these, and one to
-# those of half of the held-out sounds: how far apart are they? The floor is half to half.
-# New? nearest_ratio, the distance to the nearest training latents over that of held-out notes: far
-# below 1 is a copy.
+# those of half of the held-out sounds: how far apart? The floor is half to half.
+# New? nearest_ratio is the distance from generated to the nearest training latents, over that from
+# held-out ones: far below 1 is a copy.
 #
 # Try: `python minidiff.py evaluate --steps 3`. Frechet grows.
 
 def frechet_distance(a, b):
     """|m1 - m2|^2 + trace(V1 + V2 - 2 (V1 V2)^1/2), for normals fitted to a, b [N, D] ([15] eq. 6).
-    m: means, V: covariances. Few rows raise it: compare at equal N."""
+    For D = 1: (m1 - m2)^2 + (V1^(1/2) - V2^(1/2))^2. Few rows raise it."""
     if min(len(a), len(b)) < 2:
         raise ValueError("expected 2 rows")
     means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     v1, v2 = (torch.atleast_2d(torch.cov(rows.double().T)) for rows in (a, b))
-    roots = torch.linalg.eigvals(v1 @ v2).real.clamp_min(0).sqrt()  # eigenvalues of the root
+    roots = torch.linalg.eigvals(v1 @ v2).real.clamp_min(0).sqrt()  # of (V1 V2)^1/2
     return (means + v1.trace() + v2.trace() - 2 * roots.sum()).clamp_min(0).item()
 
 def build_net(settings):
@@ -1295,7 +1297,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     result = {"count": len(b), "seed": seed, "nfe": 2 * steps - 1 if sampler == "heun" else steps,
               "frechet": {}, "pitch_accuracy": {}}
     kinds = {"real": (b, data["real"]), "codec": (b, run.decode(b))}
-    for w in scales if cond else [1.0]:
+    for w in (scales if cond else [1.0]):
         began = time.perf_counter()
         x = generate(GuidedNet(run.net, w), run.objective, b.shape, sampler, steps, seed,
                      device=run.device, **cond).cpu()
@@ -1320,13 +1322,13 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     return result, {f"{kind}_{i}": sound for kind, (_, audio) in firsts
                     for i, sound in enumerate(audio[:4])}
 
-def save_spectrogram(path, audio, rate, columns=320, top=3000):
-    """A BMP of audio [T]: 0 to `top` Hz, white 80 dB below the loudest."""
+def save_spectrogram(path, audio, rate):
+    """A BMP of audio [T]: 0 to 3000 Hz, white 80 dB below the loudest."""
     size = 2 ** round(math.log2(rate / 16))
-    rows = F.interpolate(stft(audio[None], size).abs()[:, :top * size // rate], columns)[0]
+    rows = F.interpolate(stft(audio[None], size).abs()[:, :3000 * size // rate], 320)[0]
     decibels = 20 * (rows / rows.max().clamp_min(1e-9)).clamp_min(1e-4).log10()
     pixels = (decibels * -255 / 80).byte().repeat_interleave(3, dim=1).numpy().tobytes()
-    head = struct.pack("<2s6I2H24x", b"BM", 54 + len(pixels), 0, 54, 40, columns, len(rows), 1, 24)
+    head = struct.pack("<2s6I2H24x", b"BM", 54 + len(pixels), 0, 54, 40, 320, len(rows), 1, 24)
     path.write_bytes(head + pixels)
 
 def write_sounds(folder, sounds, rate):
@@ -1392,7 +1394,7 @@ def build_parser(**saved):
     add = train.add_argument
     add("--data", default="plucks", help="plucks, melodies, nsynth or a folder")
     add("--seconds", type=seconds, help="of a sound (default: up to 4)")
-    add("--codec", choices=["vae", "music2latent"], help="(vae for built-in data)")
+    add("--codec", choices=["vae", "music2latent"], help="(default: vae for built-in data)")
     add("--net", choices=["unet", "tutorial"], default="unet", help="(default unet)")
     add("--objective", choices=OBJECTIVES, default="rf", help="(default rf)")
     add("--condition", choices=["note", "control", "none"], help="(default: by the data)")
@@ -1441,13 +1443,13 @@ def train_run(args, argv):
     folder = Path(args.run or f"runs/{Path(args.data).resolve().name}")
     made = [*folder.glob("model.pt"), *folder.glob("codec.pt"), *folder.glob("latents.pt")]
     if made and not args.resume:
-        raise ValueError(f"{folder} holds a run: add --resume, or choose another --run")
+        raise ValueError(f"{folder} holds a run: add --resume, or another --run")
     saved = load_checkpoint(made[0]).get("settings", {}) if made else {}
     args = build_parser(**saved).parse_args(argv)
     args.codec = args.codec or ("vae" if args.data in BUILT_IN else "music2latent")
     for name in ("codec", "seconds", "seed", "net", "objective", "condition"):
         if name in saved and getattr(args, name) != saved[name]:
-            raise ValueError(f"{folder} has --{name} {saved[name]}; choose another --run")
+            raise ValueError(f"{folder} has --{name} {saved[name]}; use another --run")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     latents = folder / "latents.pt"
@@ -1502,9 +1504,9 @@ def sample_run(args):
         latents = (run.codec.encode(audio).cpu() - settings["mean"]) / settings["std"]
         given["init"] = latents.expand(B, -1, -1).to(args.device)
         frames = latents.shape[2]
-    low, high = settings["pitches"]
-    if args.pitch and not low <= min(pitches) <= max(pitches) <= high:
-        print(f"note: the training had pitches from {low} to {high}")
+    strange = set(pitches) - {-1, *settings["pitches"]}
+    if strange:
+        print(f"note: the training had no pitch {sorted(strange)}")
     if frames > learnt and condition != "control":
         print(f"note: the model has learnt sounds of {learnt / rate:.1f} s")
     shape = (B, settings["channels"], frames)
