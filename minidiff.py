@@ -2,7 +2,7 @@
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
 latents: ask for a pitch, hear a note nobody has played. To copy a piece of chapters
-0 to 7, take the imports and what its "Lifts out with" lists.
+0 to 7, take the imports and its "Lifts out with".
 
     python minidiff.py toy    # the idea
     python minidiff.py train  # an instrument
@@ -20,7 +20,7 @@ The alphabet
   a, b: two halves or sets  d: dx/dt  f: frequency; f(x): function  g: gradient  h: step
   i, j, k, n: counts  p: density or probability  r: autocorrelation  y: target
   z: latents before they are standardised  c, u: with, without condition  m, V: mean, covariance
-  eta: how much fresh noise  H: (1 + eta) h  phi: weights, as in [6]  q: part of a step
+  eta: how much fresh noise  H: (1 + eta) h  phi: weights, as in [6]  q: from 0 to h
   s: VPDiffusion's offset
 
 References (arXiv)
@@ -112,8 +112,8 @@ def toy(steps=3000, seed=0):
 #
 #     E[(answer - y)^2 | x_t]  =  (answer - E[y | x_t])^2  +  the variance of y given x_t,
 #
-# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. The mean of x_t
-# given x_t is x_t: alpha x_0^ + sigma noise^. With the answer, this gives x_0^ and noise^. With '
+# so the best answer is the mean E[y | x_t]. Write x_0^ and noise^ for such means. Means obey
+# x_t = alpha x_0^ + sigma noise^. This and the answer are two equations for x_0^ and noise^. With '
 # for d/dt:
 #
 #     noise^    =  (x_t - alpha x_0^) / sigma
@@ -121,16 +121,16 @@ def toy(steps=3000, seed=0):
 #     score     =  -noise^ / sigma                 the gradient of ln p(x_t)
 #
 # The last: p(x_t) is the mean over x_0 of p(x_t | x_0), a normal of mean alpha x_0 and deviation
-# sigma. Its gradient is p(x_t | x_0) (-noise / sigma). Divide by p(x_t): by Bayes, this is a mean
-# over p(x_0 | x_t).
+# sigma. The normal's gradient is p(x_t | x_0) (-noise / sigma). The mean of this over x_0, divided
+# by p(x_t), is by Bayes the mean of -noise / sigma given x_t.
 #
 # A density changes only by what flows in and out, density times mean velocity. So points that
-# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): what starts as noise
-# arrives distributed as the data.
+# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives
+# distributed as the data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
-# differ in scale: x_t / alpha is EDM's x_t at t = sigma / alpha. loss: that of a net that answers
-# 0, for data of mean square 1.
+# differ in scale: x_t / alpha is EDM's x_t at its t = sigma / alpha. loss: that of a net that
+# answers 0, for data of mean square 1.
 #
 #                    alpha       sigma       target                      t        loss
 #     RectifiedFlow  1 - t       t           x_0 - noise                 0 to 1   2
@@ -274,7 +274,7 @@ class EDM(Objective):
 # The scores, gradients of logarithms, add up: (1 - w) score_u + w score_c. A network's answer mixes
 # score and x_t. The x_t term is the same in both and the weights sum to one, so answers mix as
 # scores do: classifier-free guidance [4]. With w > 1, notes fit the condition better but are more
-# alike, and the answers' deviation grows. GuidedNet's `rescale` undoes this [5].
+# alike, and answers' deviation grows; GuidedNet's `rescale` undoes this [5].
 #
 # Try: `python minidiff.py evaluate --cfg 1 8`. At w = 8 all notes are in tune, but noisier, and
 # Frechet, their distance from real ones, is far larger.
@@ -353,12 +353,12 @@ def heun(velocity, x, times):
 
 def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
-    lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that. If
-    x_0^ is constant, a step h leads to exp(-H) x + (1 - exp(-H)) x_0^, plus noise of variance
-    sigma^2 (1 - exp(-2 eta h)), sigma at the step's end. But x_0^ moves: we extend the parabola
-    through the last three, newest + q slope + q^2 / 2 bend. Weighted by (1 + eta) exp((1 + eta)
-    (q - h)), the integrals of 1, q and q^2 / 2 over the step are phi_1 = 1 - exp(-H), h phi_2 and
-    h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
+    lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that.
+    Multiply by exp((1 + eta) lambda), integrate over a step h: x becomes exp(-H) x, plus all x_0^
+    weighted by (1 + eta) exp((1 + eta) (q - h)), plus noise of variance sigma^2
+    (1 - exp(-2 eta h)), sigma at the step's end. As x_0^ we extend the parabola through the
+    last three, newest + q slope + q^2 / 2 bend. So weighted, 1, q and q^2 / 2 have the integrals
+    phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
@@ -423,7 +423,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     if noise is None:
         noise = standard_normal(shape, generators).to(device)
-    data = init if start < objective.t_max else torch.zeros_like(noise)  # none in pure noise
+    data = init if start < objective.t_max else torch.zeros_like(noise)  # t_max: noise alone
     def keeping(x_t, t):  # what stays, noised to t
         return x_t if keep is None else torch.where(keep, objective.add_noise(init, noise, t), x_t)
     def velocity(x_t, t):
@@ -450,11 +450,11 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x): gradients pass unchanged
 #     norm       of each frame: features have size 1 at any noise
-#     attention  adds a weighted mean of all frames to each, where they are few
+#     attention  adds a mean of all frames, weighted by likeness; where few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
 #
-# Try: `python minidiff.py sample --pitch 60 --seconds 3`. Frames past the one second learnt share a
-# position: the note stops fading.
+# Try: `python minidiff.py sample --pitch 60 --seconds 3`. After the one second it learnt, all
+# frames have one position: the note stops fading.
 
 class TutorialUNet(nn.Module):
     """Convolutions, ReLU, skips by addition; t enters once, at the bottom: [B, C, L] -> same."""
@@ -547,7 +547,7 @@ class UNet1d(nn.Module):
         rows = [table(label) for table, label in zip(self.tables, labels.T)]  # 0: not given
         embedding = self.time_mlp(time_embedding(t, self.width)) + sum(rows)
         controls = torch.as_tensor(controls, device=x.device).expand(B, self.controls, L)
-        # A curve gives 10: value, "is given" and, for fine pitch, waves of 1 to 8 turns an octave.
+        # A curve (pitch in octaves) gives 10: value, "is given", waves of 1 to 8 turns a unit.
         waves = [f(math.tau * 2 ** k * controls) for k in range(4) for f in (torch.sin, torch.cos)]
         curves = torch.cat([controls, ~controls.isnan(), *waves], 1).nan_to_num()
         x = F.pad(torch.cat([x, curves], 1), (0, -L % 2 ** (len(self.down) - 1)))
@@ -565,8 +565,8 @@ class UNet1d(nn.Module):
 # ---
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
-# A plucked string is a sum of harmonics. The k-th has about k times the frequency of the first; the
-# place of plucking and the dullness of the pick set its size, and it dies away.
+# A plucked string is a sum of harmonics. The k-th has about k times the first's frequency; where
+# and how dully the string is plucked sets its size. It dies away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
 # repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proc. 17,
@@ -625,7 +625,7 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Pitch (0 if r <= 0.5) and the highest r (0 in silence), [B, L] each, for hops of [B, T]. low:
+    """By hop, pitch (0 if r <= 0.5) and highest r (0 in silence): [B, T] -> [B, L] each. low:
     least pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter
     delay, a peak loses 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
@@ -636,12 +636,12 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     window = torch.hann_window(width).to(audio)
     def correlate(x):
         power = torch.fft.rfft(x, n=2 * width).abs().square()
-        # Its inverse FFT is the autocorrelation; zeros above it: finer delays.
+        # Its inverse FFT is the autocorrelation; appended zeros make delays finer.
         return torch.fft.irfft(power, n=2 * width * finer)[..., :longest + 2]
     # The window's own correlation falls: divide it out.
     r = correlate((x - x.mean(-1, keepdim=True)) * window) / correlate(window)
     r = r / r[..., :1].clamp_min(1e-12)
-    is_peak = r == F.max_pool1d(r, 3, 1, 1)  # the largest of three
+    is_peak = r == F.max_pool1d(r, 3, 1, 1)
     peaks = (r * is_peak)[..., shortest:-1]
     octaves = torch.arange(shortest, longest + 1).to(audio).log2()
     best = shortest + (peaks - 0.04 * octaves).argmax(-1, keepdim=True)
@@ -818,7 +818,7 @@ def feature_matching_loss(real, fake):
 class LossBalancer(nn.Module):
     """Turn weights {name: number} of losses {name: scalar} into shares of the gradient at the
     output ([11] section 3.4). |g_i|: norm per item, mean over the batch. free: losses that
-    do not depend on it (the KL)."""
+    bypass it (the KL)."""
     def __init__(self, weights, total_norm=1.0, ema_decay=0.999):
         super().__init__()
         self.weights = weights
@@ -835,7 +835,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # norms over ones: both lag alike
+            mean = running[0] / running[1]  # both start at 0: this undoes it
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -894,7 +894,7 @@ class Melodies(Plucks):
 class AudioFolder(Dataset):
     """Recordings below a folder, cut into half-overlapping sounds. NSynth's names [13] give
     labels: guitar_004-071-025.wav has pitch 71, velocity 25. Held out: folders that end in -valid,
-    else one file and a 20th of all."""
+    else 1 + n // 20 of n files."""
     label = re.compile(r"(.+)_\d+-(0\d\d|1[01]\d|12[0-7])-(0\d\d|1[01]\d|12[0-7])")
 
     def __init__(self, root, sample_rate=None, seconds=None):
@@ -987,7 +987,7 @@ def measure_curves(audio, sample_rate, hop):
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
 def melody_curves(melody, frames_per_note, played):
-    """Curves [2, L] of pitches and None (a rest); notes fade as in `played` [N, 2, L]."""
+    """Curves [2, L] of pitches and None (a rest); notes sound as in `played` [N, 2, L]."""
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -5
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
@@ -1014,8 +1014,8 @@ def load_checkpoint(path):
 
 @torch.no_grad()
 def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
-    """Write and return x [N, C, L], standardised; cond, for the net; a and b, indices of alternate
-    held-out sounds; real, the sounds b; labels; valid; facts."""
+    """Write and return x [N, C, L], standardised; cond, for the net; a and b, indices of held-out
+    sounds by turns, to compare; real, the sounds b; labels; valid; facts."""
     sounds = DataLoader(data, batch)
     print(f"encoding {len(data)} sounds")
     z = torch.cat([codec.encode(audio.to(device)).cpu() for audio in sounds])
@@ -1052,7 +1052,8 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
-OBJECTIVES = {"rf": RectifiedFlow(0.5, 1.3), "edm": EDM(1.0, 0.5, 1.3, 20.0), "vp": VPDiffusion()}
+OBJECTIVES = {"rf": RectifiedFlow(p_mean=0.5, p_std=1.3), "vp": VPDiffusion(),
+              "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1067,7 +1068,7 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Even out singular values of x [N, ., .]: 0.006 to 1 times the norm become 0.2 to 2 [21]."""
+    """Bring singular values of x [N, ., .], 0.006 to 1 times its norm, to 0.2 to 2 [21]."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     # x x^T x has the singular values of x, cubed: odd polynomials act on these alone.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
@@ -1076,8 +1077,8 @@ def orthogonalise(x):
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam, but kernels of convolutions, as matrices of up to 96 rows, step along their gradient's
-    moving average, orthogonalised ([20] section 2), with an RMS of 0.2 lr."""
+    """Adam; but kernels of convolutions, as matrices of up to 96 rows, move along their gradient's
+    moving average, orthogonalised ([20] section 2), by an RMS of 0.2 lr."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))
         self.kernels = [weight for weight in net.parameters() if weight.ndim == 3]
@@ -1095,7 +1096,7 @@ class Muon(torch.optim.Adam):
             kernel.grad = None  # Adam skips it
         for shape, pairs in alike.items():
             weights, blocks = zip(*pairs)
-            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # undoes its RMS
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # RMS was max^-1/2
             for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
                 weight.sub_(size * block)
         super().step()
@@ -1144,7 +1145,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents, in deviations of the means. It fades: tolerance, then exactness."""
+    blur: noise on the latents; 1 is their means' deviation. It fades: tolerance, then exactness."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1318,7 +1319,7 @@ def evaluate(run, scales=(1.0, 1.25, 2.0), sampler="heun", steps=9, seed=0):
     for kind in ("real", "codec"):
         result[f"pitch_accuracy_{kind}"] = result["pitch_accuracy"].pop(kind, None)
     (run.folder / "evaluation.json").write_text(json.dumps(result, indent=1))
-    firsts = zip(("real", "codec", "generated"), kinds.values())  # of the first w
+    firsts = zip(("real", "codec", "generated"), kinds.values())
     return result, {f"{kind}_{i}": sound for kind, (_, audio) in firsts
                     for i, sound in enumerate(audio[:4])}
 
