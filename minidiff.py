@@ -2,7 +2,7 @@
 
 A codec turns a second of sound into 63 vectors, its latents. A network learns to turn noise into
 latents: ask for a pitch, hear a note nobody has played. To copy a piece of chapters
-0 to 7, take the imports and its "Lifts out with".
+0 to 7, take the imports and its docstring's "Lifts out with".
 
     python minidiff.py toy    # the idea
     python minidiff.py train  # an instrument
@@ -125,8 +125,8 @@ def toy(steps=3000, seed=0):
 # by p(x_t), is by Bayes the mean of -noise / sigma given x_t.
 #
 # A density changes only by what flows in and out, density times mean velocity. So points that
-# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives
-# distributed as the data.
+# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives as
+# data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ in scale: x_t / alpha is EDM's x_t at its t = sigma / alpha. loss: that of a net that
@@ -313,7 +313,7 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. DPM-Solver++ [6] fits a
 # parabola to the last three x_0^. Twice the steps leave about 1/2, 1/4 and 1/8 of the error.
 #
-# Unless eta is 0, it also adds fresh noise, which widens x_t's density, and moves further towards
+# Unless eta is 0, the last adds fresh noise, which widens x_t's density, and moves further towards
 # x_0^, which narrows it as much ([17] eq. 13). Early errors fade, but 1/8 no longer holds.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
@@ -355,9 +355,9 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
     lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that.
     Multiply by exp((1 + eta) lambda), integrate over a step h: x becomes exp(-H) x, plus all x_0^
-    weighted by (1 + eta) exp((1 + eta) (q - h)), plus noise of variance sigma^2
-    (1 - exp(-2 eta h)), sigma at the step's end. As x_0^ we extend the parabola through the
-    last three, newest + q slope + q^2 / 2 bend. So weighted, 1, q and q^2 / 2 have the integrals
+    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise: of the old, variance sigma^2
+    exp(-2 eta h) is left, sigma at the step's end. As x_0^ we extend the parabola through the last
+    three, newest + q slope + q^2 / 2 bend. With this weight, 1, q and q^2 / 2 have the integrals
     phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
@@ -412,7 +412,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # Even in flow_t, the t where rectified flow has the same sigma/alpha.
+        # All take rectified flow's even steps: flow_t has the same sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -436,7 +436,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
         if sampler == "dpmpp_3m_sde":
             x = dpmpp_3m_sde(denoise, data + schedule[0] * noise, schedule, eta, generators)
         else:
-            times = objective.time_at(schedule).nan_to_num(start)  # inf / inf in rectified flow
+            times = objective.time_at(schedule).nan_to_num(start)  # rectified flow's time_at(inf)
             x = objective.add_noise(data, noise, times[0])
             x = (euler if sampler == "euler" else heun)(velocity, x, times)
     return x if keep is None else torch.where(keep, init, x)
@@ -444,13 +444,13 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 # ---
 # 4. The U-Net: which network can learn this?
 #
-# Noise is judged from close by, a pitch by the whole note. So the network halves L a few times
+# Noise is judged close by, a pitch by the whole note. So the network halves L a few times
 # and doubles it back; skip connections carry the detail. `UNet1d` [8] adds to `TutorialUNet`:
 #
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x): gradients pass unchanged
 #     norm       of each frame: features have size 1 at any noise
-#     attention  adds a mean of all frames, weighted by likeness; where few
+#     attention  adds a mean of all frames, weighted by likeness; only where few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
 #
 # Try: `python minidiff.py sample --pitch 60 --seconds 3`. After the one second it learnt, all
@@ -468,7 +468,7 @@ class TutorialUNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose1d(D_out, D, 4, 2, 1) for D, D_out in pairs[::-1])
         self.exit = nn.Conv1d(channels, channels, 1)
     def forward(self, x, t):
-        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple of 2^depth
+        skips = [F.pad(x, (0, -x.shape[2] % 2 ** len(self.down)))]  # to a multiple
         for conv in self.down:
             skips.append(F.relu(conv(skips[-1])))
         L = x.shape[2]
@@ -625,7 +625,7 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """By hop, pitch (0 if r <= 0.5) and highest r (0 in silence): [B, T] -> [B, L] each. low:
+    """Per hop, pitch (0 if r <= 0.5) and highest r (0 in silence): [B, T] -> [B, L] each. low:
     least pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter
     delay, a peak loses 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
@@ -744,8 +744,8 @@ class SnakeVAE(nn.Module):
         audio, level = self.levelled(audio)
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
-        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # divides by its own level
-        # Errors differ from frame to frame: the mean of 5 errs less.
+        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # else two levels multiply
+        # Errors differ by frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
 
@@ -835,7 +835,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # both start at 0: this undoes it
+            mean = running[0] / running[1]  # a sum by its weights' sum
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1068,7 +1068,7 @@ def warm_average(averages, weights, count):
         average.lerp_(weight, 1 - decay)
 
 def orthogonalise(x):
-    """Bring singular values of x [N, ., .], 0.006 to 1 times its norm, to 0.2 to 2 [21]."""
+    """Bring singular values of x [N, ., .] from 0.006...1 of its norm into 0.2...2 [21]."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     # x x^T x has the singular values of x, cubed: odd polynomials act on these alone.
     for c1, c3, c5 in [(8.287, -23.60, 17.30), (4.107, -2.948, 0.5448)]:
@@ -1096,7 +1096,7 @@ class Muon(torch.optim.Adam):
             kernel.grad = None  # Adam skips it
         for shape, pairs in alike.items():
             weights, blocks = zip(*pairs)
-            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # RMS was max^-1/2
+            size = 0.2 * self.param_groups[0]["lr"] * max(shape) ** 0.5  # RMS: max(shape)^-1/2
             for weight, block in zip(weights, orthogonalise(torch.stack(blocks))):
                 weight.sub_(size * block)
         super().step()
@@ -1145,7 +1145,7 @@ def fit(what, net, learn, steps, path, lr, generator, settings, **parts):
 def train_codec(codec, audio, steps, path, seed=0, batch_size=24, lr=1.5e-3, crop=4096,
                 kl_weight=0.01, blur=0.2, adversarial_from=math.inf, settings=None):
     """Train a SnakeVAE on windows of `crop` samples of audio [N, T]; returns its average.
-    blur: noise on the latents; 1 is their means' deviation. It fades: tolerance, then exactness."""
+    blur: noise on the latents, in deviations of their means, fading: tolerance, then exactness."""
     generator = torch.Generator().manual_seed(seed)
     device = next(codec.parameters()).device
     crop = min(crop, audio.shape[1])
@@ -1379,7 +1379,7 @@ def build_parser(**saved):
     gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     top = Parser()
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("toy", help="the idea in ten seconds")
+    commands.add_parser("toy", help="the idea: ten seconds")
     train = commands.add_parser("train", help="train a codec and a model")
     sample = commands.add_parser("sample", help="make sounds")
     measure = commands.add_parser("evaluate", help="measure a run")
@@ -1510,9 +1510,9 @@ def sample_run(args):
         print(f"note: the training had no pitch {sorted(strange)}")
     if frames > learnt and condition != "control":
         print(f"note: the model has learnt sounds of {learnt / rate:.1f} s")
-    shape = (B, settings["channels"], frames)
-    x = generate(GuidedNet(run.net, args.cfg), run.objective, shape, args.sampler, args.steps,
-                 args.seed, init_noise=args.init_noise, device=args.device, **given)
+    x = generate(GuidedNet(run.net, args.cfg), run.objective, (B, settings["channels"], frames),
+                 args.sampler, args.steps, args.seed, init_noise=args.init_noise,
+                 device=args.device, **given)
     names = [f"sample_{args.seed + i}_pitch_{pitch}".removesuffix("_pitch_-1")
              for i, pitch in enumerate(pitches)]
     sounds = dict(zip(names, run.decode(x)))
