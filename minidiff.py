@@ -124,8 +124,8 @@ def toy(steps=3000, seed=0):
 # sigma. The normal's gradient is p(x_t | x_0) (-noise / sigma). The mean of this over x_0, divided
 # by p(x_t), is by Bayes the mean of -noise / sigma given x_t.
 #
-# A density changes only by what flows in and out, density times mean velocity. So points that
-# follow this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives as
+# Only flow changes a density, and flow is density times mean velocity. So points that follow
+# this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives as
 # data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
@@ -355,8 +355,8 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
     lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that.
     Multiply by exp((1 + eta) lambda), integrate over a step h: x becomes exp(-H) x, plus all x_0^
-    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise: of the old, variance sigma^2
-    exp(-2 eta h) is left, sigma at the step's end. As x_0^ we extend the parabola through the last
+    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise: exp(-H) leaves of the old
+    variance sigma^2 exp(-2 eta h), sigma at the step's end. As x_0^ we extend the parabola through the last
     three, newest + q slope + q^2 / 2 bend. With this weight, 1, q and q^2 / 2 have the integrals
     phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
@@ -412,7 +412,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
     if start == 0:
         return init
     if schedule is None:
-        # All take rectified flow's even steps: flow_t has the same sigma/alpha.
+        # Rectified flow's even times for all objectives, by sigma/alpha.
         t = torch.tensor(start, dtype=torch.float64)
         flow_t = objective.sigma(t) / (objective.alpha(t) + objective.sigma(t))
         flow_times = linear_times(steps, flow_t)
@@ -450,7 +450,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x): gradients pass unchanged
 #     norm       of each frame: features have size 1 at any noise
-#     attention  adds a mean of all frames, weighted by likeness; only where few
+#     attention  adds a mean of all frames, weighted by likeness; only where frames are few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
 #
 # Try: `python minidiff.py sample --pitch 60 --seconds 3`. After the one second it learnt, all
@@ -566,7 +566,7 @@ class UNet1d(nn.Module):
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
 # A plucked string is a sum of harmonics. The k-th has about k times the first's frequency; where
-# and how dully the string is plucked sets its size. It dies away.
+# and how dully the string is plucked sets their sizes. It dies away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
 # repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proc. 17,
