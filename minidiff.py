@@ -313,7 +313,7 @@ class GuidedNet:
 # once per step. Heun's asks again where Euler's step lands, and averages. DPM-Solver++ [6] fits a
 # parabola to the last three x_0^. Twice the steps leave about 1/2, 1/4 and 1/8 of the error.
 #
-# Unless eta is 0, the last adds fresh noise, which widens x_t's density, and moves further towards
+# Unless eta is 0, DPM-Solver++ adds fresh noise, which widens x_t's density, and moves further to
 # x_0^, which narrows it as much ([17] eq. 13). Early errors fade, but 1/8 no longer holds.
 #
 # Try: `python minidiff.py sample --sampler euler --steps 1`, then `--steps 30`. One step ends near
@@ -355,7 +355,7 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
     lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that.
     Multiply by exp((1 + eta) lambda), integrate over a step h: x becomes exp(-H) x, plus all x_0^
-    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise: exp(-H) leaves of the old
+    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise, as exp(-H) shrinks the old to
     variance sigma^2 exp(-2 eta h), sigma at the step's end. As x_0^ we extend the parabola through
     the last three, newest + q slope + q^2 / 2 bend. With this weight, 1, q, q^2 / 2 have integrals
     phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
@@ -673,7 +673,7 @@ def note_pitch(track):
 # their gap, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and
 # holes close.
 #
-# Notes differ a hundredfold in level, and die away. So a sound is divided by its
+# Recorded levels differ a hundredfold, and notes die away. So a sound is divided by its
 # smooth level, which travels as channel 17.
 #
 # Try: `python minidiff.py sample --init-noise 0 --init-audio runs/plucks/samples/real_1.wav`. You
@@ -835,7 +835,7 @@ class LossBalancer(nn.Module):
             norm = g.flatten(1).norm(dim=1).mean()
             running = self.norms[:, [*self.weights].index(name)]
             running.lerp_(torch.stack([norm, torch.ones_like(norm)]), 1 - self.ema_decay)
-            mean = running[0] / running[1]  # a sum by its weights' sum
+            mean = running[0] / running[1]  # undoes the start at 0
             factor = self.weights[name] / total * self.total_norm / mean.clamp_min(1e-12)
             balanced += factor * g
             self.shares[name] = factor * norm / self.total_norm
@@ -1043,7 +1043,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # 9. Training: how do we get good weights?
 #
 # A matrix stretches directions by its singular values. A gradient has few large ones: a step along
-# it moves few directions. Adam evens out the steps of single weights, Muon [20] singular values.
+# it moves few directions. Adam evens out a step's entries, Muon [20] its singular values.
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
 # rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all
@@ -1212,9 +1212,9 @@ def train_diffusion(net, objective, x, cond, valid, steps, path, seed=0, batch_s
 # 10. Measuring: is it any good?
 #
 # As asked? We count the notes within 50 cents of their pitch. The codec's own share is the ceiling.
-# Like the data? We compare level, harmonics to noise and, for the codec, spectra. Frechet: describe
+# Like the data? We compare level, harmonics-to-noise and, for the codec, spectra. Frechet: describe
 # each sound by the means and deviations of its latent channels. Fit a normal to these, and one to
-# those of half of the held-out sounds: how far apart? The floor is half to half.
+# those of half of the held-out sounds: how far apart? The floor: real half to real half.
 # New? nearest_ratio is the distance from generated to the nearest training latents, over that from
 # held-out ones: far below 1 is a copy.
 #
