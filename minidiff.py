@@ -125,8 +125,7 @@ def toy(steps=3000, seed=0):
 # by p(x_t), is by Bayes the mean of -noise / sigma given x_t.
 #
 # Only flow changes a density, and flow is density times mean velocity. So points that follow
-# this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives as
-# data.
+# this velocity have, at every t, the density of x_t ([1] th. 3.3): noise arrives as data.
 #
 # Rectified flow [1] takes straight paths: velocity = -answer, x_0^ = x_t + t answer. The x_t below
 # differ in scale: x_t / alpha is EDM's x_t at its t = sigma / alpha. loss: that of a net that
@@ -566,11 +565,10 @@ class UNet1d(nn.Module):
 # 5. Sound: what is a note, and how do we hear that it is in tune?
 #
 # A plucked string is a sum of harmonics. The k-th has about k times the first's frequency; where
-# and how dully the string is plucked sets their sizes. It dies away.
+# and how dully the string is plucked sets their sizes. They die away.
 #
 # A sound is most like itself one period later: there its autocorrelation peaks. Noise does not
-# repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proc. 17,
-# 1993).
+# repeat, so the peak's height r is the harmonic share of the power (Boersma, IFA Proc. 17, 1993).
 #
 # Try: `python minidiff.py sample --pitch 43`. It prints the pitch it hears.
 
@@ -621,7 +619,7 @@ def pluck(pitch, velocity, seconds, sample_rate, generator=None):
     return (0.1 + 0.8 * force) / audio.abs().max().clamp_min(1e-12) * fade * audio
 
 def envelope(audio, hop):
-    """The largest |x| in `hop` samples: [B, T] -> [B, ceil(T / hop)]."""
+    """The largest |x| per `hop` samples: [B, T] -> [B, ceil(T / hop)]."""
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
@@ -670,11 +668,10 @@ def note_pitch(track):
 #
 #     KL(Normal(mean, variance) || Normal(0, 1))  =  (mean^2 + variance - 1 - ln variance) / 2,
 #
-# their gap, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and
-# holes close.
+# their gap, 0 if equal. It keeps variances from 0, so neighbouring latents overlap and holes close.
 #
-# Recorded levels differ a hundredfold, and notes die away. So a sound is divided by its
-# smooth level, which travels as channel 17.
+# Recorded levels differ a hundredfold, and notes die away. So a sound is divided by its smooth
+# level, which travels as channel 17.
 #
 # Try: `python minidiff.py sample --init-noise 0 --init-audio runs/plucks/samples/real_1.wav`. You
 # hear the codec's round trip.
@@ -768,7 +765,7 @@ def kl_divergence(mean, log_variance):
 #     g  =  total_norm  sum over i of  (weight_i / their sum) (g_i / <|g_i|>).
 #
 # Try: `python minidiff.py train --run runs/d --steps 9 --codec-steps 150 --adversarial-from 100
-# --seconds 0.5`. Its log.csv has the shares.
+# --seconds 0.5`. Its log.csv has each loss's share.
 
 def stft(audio, size):
     """Spectra in Hann windows, [B, T] -> [B, frequencies, frames]; a full sine has magnitude 1."""
@@ -1046,9 +1043,9 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # it moves few directions. Adam evens out a step's entries, Muon [20] its singular values.
 #
 # A batch's gradient is noisy: weights rattle about the best ones. They settle as the learning
-# rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all
-# the next step needs: on a CPU, with the same --steps, a resumed training ends with the
-# same bits. With torchrun, each GPU draws a part of the batch.
+# rate falls to 0; their moving average (EMA) is steadier at any step. A checkpoint holds all the
+# next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits. With
+# torchrun, each GPU draws a part of the batch.
 #
 # Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
 
@@ -1077,7 +1074,7 @@ def orthogonalise(x):
     return x
 
 class Muon(torch.optim.Adam):
-    """Adam; but kernels of convolutions, as matrices of up to 96 rows, move along their gradient's
+    """Adam, but kernels of convolutions, as matrices of up to 96 rows, move along their gradient's
     moving average, orthogonalised ([20] section 2), by an RMS of 0.2 lr."""
     def __init__(self, net, lr):
         super().__init__(net.parameters(), lr, (0.9, 0.99))

@@ -786,14 +786,14 @@ def ask(line):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`train` on a folder of twelve notes of 0.3 s, from the command to sounds."""
-    root = tmp_path_factory.mktemp("work")
+    """`train` on a folder of 13 notes of 0.3 s, one without labels: command to sounds."""
+    top = tmp_path_factory.mktemp("work")
     for i in range(12):
         part = "notes-valid" if i % 3 == 0 else "notes"
-        write_note(root / "data" / part / f"guitar_{i:03d}-{60 + i:03d}-100.wav", 0.3, 60 + i)
-    line = f"train --data {root}/data --run {root}/r&d --codec vae --codec-steps 4 --steps 6"
-    assert ask(line) == 0
-    return root / "r&d"
+        write_note(top / "data" / part / f"guitar_{i:03d}-{60 + i:03d}-100.wav", 0.3, 60 + i)
+    write_note(top / "data" / "notes" / "unlabelled.wav")
+    assert not ask(f"train --data {top}/data --run {top}/r&d --codec vae --codec-steps 4 --steps 6")
+    return top / "r&d"
 
 def test_evaluate(run):
     """Real notes are in tune; level and Frechet distance as computed here; w = 1 and 3."""
