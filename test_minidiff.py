@@ -568,7 +568,7 @@ def test_download_nsynth(tmp_path):
     assert list(tmp_path.rglob("evil.txt")) == [notes / "evil.txt"]
 
 def test_music2latent(tmp_path, monkeypatch):
-    """The real package, random weights: 42 frames for 176,400 samples; 4096 L + 1536 back."""
+    """The real package, random weights: 4096 L + 1536 samples are L frames, fewer are less."""
     import music2latent.models
     package = tmp_path / "music2latent"
     shutil.copytree(pathlib.Path(music2latent.__file__).parent, package,
@@ -583,8 +583,8 @@ def test_music2latent(tmp_path, monkeypatch):
     sound = 0.1 * normal32(2, 3 * 4096 + 1536)
     z = codec.encode(sound)
     assert near(codec.encode(sound[1:]), z[1:], 1e-4)      # a batch equals single sounds
-    shapes = [codec.encode(x).shape for x in (sound, sound[:, :9], 0.1 * normal32(1, 176_400))]
-    assert shapes == [(2, 64, 3), (2, 64, 1), (1, 64, 42)]
+    shapes = [codec.encode(x).shape for x in (sound, sound[:, :9], sound[:, 1:])]
+    assert shapes == [(2, 64, 3), (2, 64, 1), (2, 64, 2)]
     both = codec.decode(z[:, :, :1])
     assert both.shape == (2, 4096 + 1536)
     torch.manual_seed(1)                                   # the decoder's noise is its own
@@ -758,7 +758,7 @@ def test_train_codec_blurs_and_balances(tmp_path):
     assert near([(seen[2] / seen[0]).item(), (seen[3] / seen[1]).item()], [10, 3.25], 1.0)
     audio[:, :4000] = 0
     (tmp_path / "log.csv").unlink()
-    m.train_codec(small_vae(), audio, 50, tmp_path / "codec.pt", crop=2048)
+    m.train_codec(small_vae(), audio, 30, tmp_path / "codec.pt", crop=2048)
     shares = [read_log(tmp_path)[f"{name} share"] for name in ("l1", "l2", "stft")]
     assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.33)
 
