@@ -647,7 +647,7 @@ def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
     top = (r2 - r0) / 2 / (2 * r1 - r0 - r2).clamp_min(1e-12)  # the parabola's peak, from best
     pitch = 69 + 12 * torch.log2(sample_rate * finer / 440 / (best + top)[..., 0])
     loud = envelope(audio, hop)
-    height = peaks.amax(-1).clamp(max=1) * (loud > 1e-3 * loud.amax(1, keepdim=True))
+    height = peaks.amax(-1).clamp(max=1) * (loud > 3e-3 * loud.amax(1, keepdim=True))
     return torch.where(height > 0.5, pitch, 0.0), height
 
 def pitch_track(audio, sample_rate, hop, low=34.0):
@@ -773,13 +773,13 @@ def stft(audio, size):
     return torch.stft(audio, size, size // 4, window=window, pad_mode="constant",
                       return_complex=True) * 4 / size
 
-def stft_loss(estimate, target, sizes=(2048, 512, 128), floor=1e-3):
+def stft_loss(estimate, target, sizes=(2048, 512), floor=0.01):
     """||wanted - found|| / ||wanted|| + mean |ln wanted - ln found|, over `sizes` ([19] eq. 4-6).
     Long windows tell pitch, short ones time. Below `floor` all are alike. Lifts out with: stft."""
     total = 0.0
     for size in sizes:
         found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = 10 * floor * math.sqrt(wanted.shape[1])  # the norm if all were 10 floor
+        silent = floor * math.sqrt(wanted.shape[1])  # the norm if all were `floor`
         total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
         total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
