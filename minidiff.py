@@ -448,7 +448,7 @@ def generate(net, objective, shape, sampler="heun", steps=9, seed=0, schedule=No
 #
 #     time       scales and shifts the features in every block
 #     residuals  x + f(x): gradients pass unchanged
-#     norm       of each frame: features have size 1 at any noise
+#     norm       scales each frame's features to size 1 at any noise
 #     attention  adds a mean of all frames, weighted by likeness; only where frames are few
 #     position   near t = 1 nothing in x_t tells a note's start from its end
 #
@@ -623,9 +623,9 @@ def envelope(audio, hop):
     return F.max_pool1d(audio.abs(), hop, ceil_mode=True)
 
 def periodicity(audio, sample_rate, hop, low=34.0, finer=4):
-    """Per hop, pitch (0 if r <= 0.5) and highest r (0 in silence): [B, T] -> [B, L] each. low:
-    least pitch. finer: delays per sample. Two periods peak as high as one: to prefer the shorter
-    delay, a peak loses 0.04 an octave. Lifts out with: envelope."""
+    """Per hop, pitch (0 if r <= 0.5) and highest r (0 if 50 dB below the loudest): [B, T] -> [B, L]
+    each. low: least pitch. finer: delays per sample. Two periods peak as high as one: to prefer
+    the shorter, a peak loses 0.04 an octave. Lifts out with: envelope."""
     longest = finer * math.ceil(sample_rate / (440 * 2 ** ((low - 69) / 12)))
     shortest = math.ceil(finer * sample_rate / 2637)  # pitch 100
     width = 4 * longest // finer  # four longest periods
@@ -678,7 +678,7 @@ def note_pitch(track):
 
 class Snake(nn.Module):
     """x + sin(omega x)^2 / omega, omega > 0 learned by feature ([10] eq. 3): [B, D, T] -> same.
-    It bends everywhere, as tones do; a ReLU at 0 only."""
+    It bends everywhere, as tones do; a ReLU bends at 0 only."""
     def __init__(self, channels):
         super().__init__()
         self.log_omega = nn.Parameter(torch.zeros(channels, 1))
@@ -741,7 +741,7 @@ class SnakeVAE(nn.Module):
         audio, level = self.levelled(audio)
         return torch.cat([self.posterior(audio)[0], level.log()[:, None]], 1)
     def decode(self, latents):
-        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # else two levels multiply
+        audio, _ = self.levelled(self.decoder(latents[:, :-1])[:, 0])  # its own level comes off
         # Errors differ by frame: the mean of 5 errs less.
         level = F.avg_pool1d(latents[:, -1], 5, 1, 2, count_include_pad=False).exp()
         return audio * self.stretch(level)
@@ -760,7 +760,7 @@ def kl_divergence(mean, log_variance):
 # decoder to avoid it.
 #
 # The gradients g_i = dloss_i/doutput differ a hundredfold. The balancer [11] divides each
-# by its running mean norm <|g_i|>, so that weights set its share of total_norm:
+# by its running mean norm <|g_i|>, so that weight_i sets its share of total_norm:
 #
 #     g  =  total_norm  sum over i of  (weight_i / their sum) (g_i / <|g_i|>).
 #
@@ -779,7 +779,7 @@ def stft_loss(estimate, target, sizes=(2048, 512), floor=0.01):
     total = 0.0
     for size in sizes:
         found, wanted = (stft(audio, size).abs().flatten(1) for audio in (estimate, target))
-        silent = floor * math.sqrt(wanted.shape[1])  # the norm if all were `floor`
+        silent = floor * math.sqrt(wanted.shape[1])  # the norm if all is `floor`
         total += (wanted - found).norm(dim=1) / wanted.norm(dim=1).clamp_min(silent)
         total += ((wanted + floor).log() - (found + floor).log()).abs().mean(1)
     return total.mean() / len(sizes)
@@ -984,7 +984,7 @@ def measure_curves(audio, sample_rate, hop):
     return torch.stack([envelope(audio, hop), (tracks - 60) / 12], 1)
 
 def melody_curves(melody, frames_per_note, played):
-    """Curves [2, L] of pitches and None (a rest); notes sound as in `played` [N, 2, L]."""
+    """Curves [2, L] of pitches and None (a rest); notes are as loud as in `played` [N, 2, L]."""
     loud, octaves = played.transpose(0, 1).flatten(1)
     voiced = octaves > -5
     change = loud[1:] / loud[:-1].clamp_min(1e-6)
@@ -1047,7 +1047,7 @@ def encode_all(codec, data, path, condition="none", device="cpu", batch=16):
 # next step needs: on a CPU, with the same --steps, a resumed training ends with the same bits. With
 # torchrun, each GPU draws a part of the batch.
 #
-# Try: `python minidiff.py train --resume --steps 1200`. It goes on from step 1100.
+# Try: `python minidiff.py train --resume --steps 1200`: 100 more.
 
 OBJECTIVES = {"rf": RectifiedFlow(p_mean=0.5, p_std=1.3), "vp": VPDiffusion(),
               "edm": EDM(p_mean=0.5, p_std=1.3, sigma_max=20.0)}
