@@ -748,7 +748,8 @@ def test_resume_is_never_having_stopped(tmp_path, monkeypatch):
         assert same(m.load_checkpoint(tmp_path / one), m.load_checkpoint(tmp_path / two))
 
 def test_train_codec_blurs_and_balances(tmp_path):
-    """Blur 3: ten times the variance; half-way 1 + 1.5^2. Silent halves: shares as the weights."""
+    """Blur 3: ten times the variance; half-way 1 + 1.5^2. After silent halves, a batch without: its
+    shares are about the weights."""
     audio = m.Plucks(12, seconds=0.5).audio
     seen = []
     for blur in (0.0, 3.0):
@@ -756,11 +757,10 @@ def test_train_codec_blurs_and_balances(tmp_path):
         codec.decoder.register_forward_pre_hook(lambda _, z: seen.append(z[0].var((0, 2)).sum()))
         m.train_codec(codec, audio, 2, tmp_path / f"{blur}.pt", crop=2048, blur=blur)
     assert near([(seen[2] / seen[0]).item(), (seen[3] / seen[1]).item()], [10, 3.25], 1.0)
-    audio[:, :4000] = 0
-    (tmp_path / "log.csv").unlink()
-    m.train_codec(small_vae(), audio, 30, tmp_path / "codec.pt", crop=2048)
+    for sounds, steps in ((audio * (torch.arange(8000) > 4000), 30), (audio, 31)):
+        m.train_codec(small_vae(), sounds, steps, tmp_path / "codec.pt", crop=2048)
     shares = [read_log(tmp_path)[f"{name} share"] for name in ("l1", "l2", "stft")]
-    assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.33)
+    assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.4)         # of step 31
 
 def test_frechet_distance():
     """N(0,1) to N(1,1): 1; to N(0,4): 1; to itself: 0; 2-D: by the eigenvalues of C1 C2."""
