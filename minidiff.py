@@ -275,7 +275,7 @@ class EDM(Objective):
 # scores do: classifier-free guidance [4]. With w > 1, notes fit the condition better but are more
 # alike, and answers' deviation grows; GuidedNet's `rescale` undoes this [5].
 #
-# Try: `python minidiff.py evaluate --cfg 1 8`. At w = 8 all notes are in tune, but noisier, and
+# Try: `python minidiff.py evaluate --cfg 1 8`. At w = 8 most notes are in tune, but noisier, and
 # Frechet, their distance from real ones, is far larger.
 
 def guide(conditional, unconditional, scale, rescale=0.0):
