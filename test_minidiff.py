@@ -760,7 +760,7 @@ def test_train_codec_blurs_and_balances(tmp_path):
     for sounds, steps in ((audio * (torch.arange(8000) > 4000), 30), (audio, 31)):
         m.train_codec(small_vae(), sounds, steps, tmp_path / "codec.pt", crop=2048)
     shares = [read_log(tmp_path)[f"{name} share"] for name in ("l1", "l2", "stft")]
-    assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.4)         # of step 31
+    assert shares == pytest.approx([0.25, 0.25, 0.5], rel=0.33)        # of step 31
 
 def test_frechet_distance():
     """N(0,1) to N(1,1): 1; to N(0,4): 1; to itself: 0; 2-D: by the eigenvalues of C1 C2."""
