@@ -354,11 +354,10 @@ def dpmpp_3m_sde(denoise, x, sigmas, eta=1.0, generator=None):
     """DPM-Solver++(3M) SDE [6] for x_t = x_0 + sigma noise. Its velocity is (x - x_0^) / sigma. In
     lambda = -ln sigma, dx/dlambda = x_0^ - x; to make up for fresh noise, 1 + eta times that.
     Multiply by exp((1 + eta) lambda), integrate over a step h: x becomes exp(-H) x, plus all x_0^
-    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise up to variance sigma^2, as
-    exp(-H) shrinks the old to sigma^2 exp(-2 eta h), sigma at its end. As x_0^ we extend the
-    parabola through the last three, newest + q slope + q^2 / 2 bend. With this weight, 1, q, q^2 /
-    2 have integrals phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k
-    / H.
+    weighted by (1 + eta) exp((1 + eta) (q - h)), plus fresh noise up to sigma^2, as exp(-H) shrinks
+    the old to sigma^2 exp(-2 eta h), sigma at the step's end. As x_0^ we extend the parabola
+    through the last three, newest + q slope + q^2 / 2 bend. With this weight, 1, q, q^2 / 2 have
+    integrals phi_1 = 1 - exp(-H), h phi_2 and h^2 phi_3: by parts, phi_(k+1) = 1/k! - phi_k / H.
     denoise: (x, sigma) -> x_0^.  Lifts out with: standard_normal."""
     past = []  # (lambda, x_0^), newest first
     for sigma, sigma_next in pairwise(sigmas.tolist()):
